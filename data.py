@@ -1,0 +1,430 @@
+"""Photographs and tags: VOC, ImageNet, a folder of your own, and the toy set; the palette; masks as PNG.
+
+    python data.py                          # draws toy examples into out/toy.png and prints their tags
+    python data.py --imagenet DIR           # images per VOC class that the wnid table finds below DIR
+
+    photos = voc_photos("VOCdevkit/VOC2012", "train")     # paths and tags; no way from here to a mask
+    labels = read_labels("SegmentationClass/2007_000032.png")         # (H, W) uint8: 0..20, 255 void
+
+Letters in shape comments: N images, B batch, K classes, H W pixels.
+"""
+import argparse
+import csv
+import dataclasses
+import math
+import os
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+VOID = 255
+VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+Image.MAX_IMAGE_PIXELS = 500_000_000           # a 20,000 x 20,000 photograph is fine, a decompression bomb is not
+
+
+# ---------------------------------------------------------------- what every script needs
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that names it and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def run_cli(main):
+    """Call main(); the user's mistakes end as one line on stderr and exit status 2, ours keep their traceback."""
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as e:
+        sys.exit((print(f"{Path(sys.argv[0]).name}: {e}".replace("\n", " "), file=sys.stderr), 2)[1])
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def progress(items, what, total=None):
+    """Iterate with one line of done/total, rate and time left on stderr; silent when it is not a terminal."""
+    total, start = total or len(items), time.perf_counter()
+    for done, item in enumerate(items):
+        yield item
+        if sys.stderr.isatty():
+            rate = (done + 1) / (time.perf_counter() - start)
+            print(f"\r{what} {done + 1}/{total}  {rate:.1f}/s  {(total - done - 1) / rate:.0f} s left   ",
+                  end="\n" if done + 1 == total else "", file=sys.stderr)
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside path, flush it to disk, then rename: path is whole or as before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---------------------------------------------------------------- masks and the palette
+
+def voc_palette():
+    """The devkit's colours, (256, 3) uint8: bits of the index, three at a time, fill R, G, B from the highest bit."""
+    index, colours = np.arange(256), np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (((index >> channel) & 1) << (7 - bit)).astype(np.uint8)
+        index = index >> 3
+    return colours
+
+
+def read_labels(path):
+    """A label PNG as class indices, (H, W) uint8. Palette files must carry the VOC palette; plain grey is accepted.
+
+    Raises InputError for RGB, 16-bit, re-coloured palettes and unreadable files.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise InputError(f"{path}: mode {image.mode}, but labels are palette or grey indices; save class indices")
+            labels = np.asarray(image)
+            palette = np.array(image.getpalette() if image.mode == "P" else [], np.uint8).reshape(-1, 3)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise e if isinstance(e, InputError) else InputError(f"{path}: cannot read this image ({type(e).__name__})") from e
+    for k in np.unique(labels) if len(palette) else ():
+        if k >= len(palette) or tuple(palette[k]) != tuple(voc_palette()[k]):
+            raise InputError(f"{path}: index {k} does not have VOC's colour; an adaptive palette has renumbered "
+                             "the classes, save with the VOC palette")
+    return labels
+
+
+def save_labels(path, labels):
+    """Write (H, W) class indices as a palette PNG in VOC's 256 colours."""
+    image = Image.fromarray(np.asarray(labels, np.uint8)).convert("L")
+    image.putpalette(voc_palette().tobytes())
+    write_atomically(path, lambda file: image.save(file, "png"))
+
+
+# ---------------------------------------------------------------- photographs
+
+def load_image(path, near=None):
+    """An image file as (H, W, 3) uint8 RGB: EXIF rotation applied, alpha over white, CMYK, grey, palette, 16-bit read.
+
+    near: a side in pixels that is enough; JPEGs are then decoded at a reduced size that is no smaller (faster).
+    Raises InputError naming the file if it is not a whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            if near:
+                image.draft("RGB", (near, near))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":            # 16-bit and float: scale to 8
+                values = np.asarray(image, np.float64)
+                image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path}: cannot read this image ({str(e) or type(e).__name__})") from e
+
+
+def fit(image, size, crop=None):
+    """Resize (H, W, 3) uint8 to (size, size, 3): squashed, or with crop in 0..1 a square cut at that place.
+
+    The cut has the short side's length (section 4.1 raises it to 400 first) and slides along the long side.
+    """
+    height, width = image.shape[:2]
+    box = None
+    if crop is not None:
+        short = min(height, width)
+        x, y = (width - short) * crop, (height - short) * crop
+        box = (x, y, x + short, y + short)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.BILINEAR, box))
+
+
+@dataclasses.dataclass
+class Photos:
+    """Tagged photographs: all that weak training may see. Indexing by (i, crop) reads image i at size x size.
+
+    paths: files, or arrays (H, W, 3) uint8 already in memory. tags: (N, K) float32 of 0/1. classes: K names.
+    """
+    paths: list
+    tags: torch.Tensor
+    classes: list
+    size: int = 0
+    cut: bool = False                          # squares cut out (the paper) instead of whole photographs squashed
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        """(i, place of the cut in 0..1) -> image (3, size, size) uint8 and i; a broken file gives the next good one."""
+        i, place = key
+        for j in range(i, i + len(self)):
+            path = self.paths[j % len(self)]
+            try:
+                image = path if isinstance(path, np.ndarray) else load_image(path, near=self.size)
+            except InputError:
+                continue
+            image = fit(image, self.size, place if self.cut else None)
+            return torch.from_numpy(image.copy()).permute(2, 0, 1), j % len(self)
+        raise InputError(f"{self.paths[0]}: none of {len(self)} images can be read")
+
+    def take(self, keep):
+        """The photographs at these indices, in this order."""
+        return dataclasses.replace(self, paths=[self.paths[i] for i in keep], tags=self.tags[torch.as_tensor(keep)])
+
+
+def one_hot(tags, classes):
+    """List of sets of class indices -> (N, K) float32."""
+    matrix = torch.zeros(len(tags), len(classes))
+    for row, indices in zip(matrix, tags):
+        row[list(indices)] = 1
+    return matrix
+
+
+def join(a, b):
+    """Photos of a followed by those of b, which has the same classes."""
+    return dataclasses.replace(a, paths=a.paths + b.paths, tags=torch.cat([a.tags, b.tags]))
+
+
+# ---------------------------------------------------------------- VOC
+
+def safe_name(name, where):
+    """A file stem from a list, refused where it would leave its folder."""
+    if not name or name in (".", "..") or set(name) & set('/\\:\0'):
+        raise InputError(f"{where}: '{name}' is not a plain file name")
+    return name
+
+
+def read_ids(path):
+    """Image ids of a list in any usual form: bare ids, image and mask paths, or SBD paths; the stem counts.
+
+    Raises InputError if the list is missing, empty or not text.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not a text file; expected one image id a line") from e
+    except OSError as e:
+        raise InputError(f"{path}: cannot read this list ({e.strerror}); is --voc a devkit's VOC2012 folder?") from e
+    ids = [safe_name(Path(line.split()[0]).stem, path) for line in lines if line.strip()]
+    if not ids:
+        raise InputError(f"{path}: an empty list; expected one image id a line")
+    if len(set(ids)) != len(ids):
+        raise InputError(f"{path}: '{next(i for n, i in enumerate(ids) if i in ids[:n])}' is listed twice")
+    return ids
+
+
+def voc_ids(voc, name):
+    """Ids of a set: ImageSets/Segmentation/<name>.txt where it exists, else ImageSets/Main/<name>.txt."""
+    lists = [Path(voc, "ImageSets", kind, f"{safe_name(name, '--set')}.txt") for kind in ("Segmentation", "Main")]
+    return read_ids(next((p for p in lists if p.exists()), lists[0]))
+
+
+def voc_tags(voc, name):
+    """{id: (classes present, classes only present as difficult)} of Main/<class>_<name>.txt, as class indices."""
+    tags = {}
+    for k, label in enumerate(VOC_CLASSES[1:], 1):
+        path = Path(voc, "ImageSets", "Main", f"{label}_{name}.txt")
+        if not path.exists():
+            return {}
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            parts = line.split()
+            if parts and (len(parts) != 2 or parts[1] not in ("1", "-1", "0")):
+                raise InputError(f"{path}:{number}: '{line.strip()[:40]}'; expected an id and 1, -1 or 0")
+            if parts:
+                present, difficult = tags.setdefault(parts[0], (set(), set()))
+                {"1": present, "0": difficult, "-1": set()}[parts[1]].add(k)
+    return tags
+
+
+def xml_tags(path):
+    """(classes present, classes only present as difficult) of one Annotations file, as sets of class indices."""
+    present, difficult = set(), set()
+    try:
+        for obj in ElementTree.parse(path).getroot().findall("object"):        # its own name, not those of its parts
+            name = obj.findtext("name", "").strip()
+            if name in VOC_CLASSES[1:]:
+                (difficult if obj.findtext("difficult", "0").strip() == "1" else present).add(VOC_CLASSES.index(name))
+    except (OSError, ElementTree.ParseError) as e:
+        raise InputError(f"{path}: cannot read these tags ({e}); needed for images that ImageSets/Main does not list") from e
+    return present, difficult - present
+
+
+def voc_photos(voc, name):
+    """Photos of a VOC set with its tags: from ImageSets/Main where listed there, else from Annotations/*.xml.
+
+    A class present only as difficult objects counts as present. An image with no class is tagged background.
+    """
+    listed = voc_tags(voc, name)
+    path = Path(voc, "ImageSets", "Main", f"{name}.txt")
+    ids = read_ids(path) if listed and path.exists() else voc_ids(voc, name)
+    pairs = [listed.get(i) or xml_tags(Path(voc, "Annotations", f"{i}.xml")) for i in ids]
+    images = [Path(voc, "JPEGImages", f"{i}.jpg") for i in ids]
+    return Photos(images, one_hot([a | b or {0} for a, b in pairs], VOC_CLASSES), VOC_CLASSES)
+
+
+# ---------------------------------------------------------------- a folder with tags.csv
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+def image_files(folder):
+    """All image files below a folder, sorted. Raises InputError if there are none."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise InputError(f"{folder}: no such folder, or no image below it ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def folder_photos(folder, tags):
+    """Photos of one's own: a CSV of file,tag;tag;... with paths inside the folder. No tag, or `background`: background.
+
+    Classes are background and then the tags in alphabetical order. Raises InputError naming file and line.
+    """
+    try:
+        with open(tags, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{tags}: not a CSV text file ({e}); expected lines such as  photo.jpg,cat;dog") from e
+    if rows and rows[0][0].strip().lower() in ("file", "image", "filename"):
+        rows = rows[1:]
+    paths, sets = [], []
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2:
+            raise InputError(f"{tags}: line {number} has {len(row)} columns; expected  file,tag;tag;...")
+        path = Path(folder, row[0].strip())
+        if not path.resolve().is_relative_to(Path(folder).resolve()) or not path.is_file():
+            raise InputError(f"{tags}: line {number}: no file '{row[0].strip()}' inside {folder}")
+        paths.append(path)
+        sets.append({t.strip() for t in row[1].split(";") if t.strip()} - {"background"})
+    classes = ["background"] + sorted(set().union(*sets))
+    if not 2 <= len(classes) <= VOID:
+        raise InputError(f"{tags}: {len(classes) - 1} classes; expected 1 to {VOID - 1}, as in  photo.jpg,cat;dog")
+    return Photos(paths, one_hot([{classes.index(t) for t in s} or {0} for s in sets], classes), classes)
+
+
+# ---------------------------------------------------------------- the toy set
+
+TOY_CLASSES = ["background", "stripes", "checker", "dots", "grid"]
+
+
+def _toy_texture(kind, u, v, period):
+    """Two-tone pattern (H, W) bool in an object's own rotated coordinates, pixels."""
+    wave = 2 * np.pi / period
+    return {"stripes": np.sin(wave * u) > 0,
+            "checker": (np.sin(wave * u / 1.3) > 0) ^ (np.sin(wave * v / 1.3) > 0),
+            "dots": np.cos(wave * u) + np.cos(wave * v) > 0.7,
+            "grid": np.maximum(np.cos(wave * u / 1.2), np.cos(wave * v / 1.2)) > 0.75}[kind]
+
+
+def _toy_shape(kind, u, v):
+    """Outline (H, W) bool in coordinates where the object's radius is 1."""
+    return {"stripes": u ** 2 + (v / 0.7) ** 2 < 1,                                        # ellipse
+            "checker": np.maximum(abs(u), abs(v)) < 0.8,                                   # square
+            "dots": (v > -0.6) & (v < 0.95 - 1.7 * abs(u)),                                # triangle
+            "grid": np.minimum(abs(u), abs(v)) < 0.5 * (np.hypot(u, v) < 1)}[kind]       # cross
+
+
+def toy_scene(rng, size, kinds, distractors):
+    """Draw objects of these classes, and distractors that belong to none, on a textured background.
+
+    rng: numpy Generator. kinds: list of class names. Returns image (size, size, 3) uint8, labels (size, size) uint8.
+    Colours, sizes, places and rotations are random for all, so that only texture and shape tell a class.
+    """
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
+    tone = np.asarray(coarse, float)[..., None] / 255 + 0.15 * rng.standard_normal((size, size, 1))
+    first, second = rng.uniform(40, 215, (2, 3))
+    image, labels = first + (second - first) * tone, np.zeros((size, size), np.uint8)
+    y, x = np.mgrid[:size, :size].astype(float)
+    for kind in rng.permutation(list(kinds) + [""] * distractors):
+        radius, angle = rng.uniform(17, 28), rng.uniform(0, 2 * np.pi)
+        for _ in range(20):                                                                # mostly free of the others
+            cx, cy = rng.uniform(radius * 0.8, size - radius * 0.8, 2)
+            u, v = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle), (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
+            inside = _toy_shape(kind or str(rng.choice(TOY_CLASSES[1:])), u / radius, v / radius)
+            if (labels[inside] > 0).mean() < 0.1:
+                break
+        if kind:
+            pattern = _toy_texture(kind, u, v, rng.uniform(6, 9))
+        else:                                                                              # plain, or noise
+            pattern = rng.random((size, size)) < rng.choice([0, 0.5])
+        dark = rng.uniform(0, 255, 3)
+        light = (dark + rng.choice([-1, 1], 3) * rng.uniform(70, 128, 3)) % 256
+        image[inside] = np.where(pattern[..., None], light, dark)[inside]
+        labels[inside] = TOY_CLASSES.index(kind) if kind else 0
+    noisy = image + rng.normal(0, 8, image.shape)
+    return noisy.clip(0, 255).astype(np.uint8), labels
+
+
+def toy_photos(seed, n, size=96):
+    """n images with one tag or, one in five, none (the paper's regime: a single label an image); masks are dropped."""
+    rng = np.random.default_rng([seed, 0])
+    kinds = [[str(rng.choice(TOY_CLASSES[1:]))] if rng.random() > 0.2 else [] for _ in range(n)]
+    images = [toy_scene(rng, size, k * int(rng.integers(1, 3)), int(rng.integers(0, 3)))[0] for k in kinds]
+    return Photos(images, one_hot([{TOY_CLASSES.index(k[0])} if k else {0} for k in kinds], TOY_CLASSES), TOY_CLASSES, size)
+
+
+def toy_scenes(seed, n, size=144):
+    """n test scenes with two to four objects each: list of (name, image (H, W, 3) uint8, labels (H, W) uint8)."""
+    rng = np.random.default_rng([seed, 1])
+    return [(f"scene{i}", *toy_scene(rng, size, rng.choice(TOY_CLASSES[1:], rng.integers(2, 5)), 2)) for i in range(n)]
+
+
+# ---------------------------------------------------------------- augmentation, on the batch and its device
+
+def augment(images, generator, flip=0.5, rotate=10.0, scale=0.2, brightness=0.2, contrast=0.2):
+    """Section 4.1's jitter, drawn afresh for every image: flip, rotation, scale, shift, brightness, contrast.
+
+    images (B, 3, H, W) uint8 or float in 0..255, on any device -> float, same shape. generator: a CPU one.
+    flip: chance; rotate: degrees; scale, brightness, contrast: largest relative change (ranges: the paper gives none).
+    """
+    def draw(low, high):
+        return low + (high - low) * torch.rand(len(images), generator=generator)
+    sign, angle = torch.where(draw(0, 1) < flip, -1.0, 1.0), draw(-rotate, rotate) * math.pi / 180
+    zoom, light, gain = torch.exp(draw(-scale, scale)), draw(-brightness, brightness), 1 + draw(-contrast, contrast)
+    shift = torch.stack([draw(-1, 1), draw(-1, 1)], 1) * (1 - 1 / zoom.clamp(min=1))[:, None]
+    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    theta = torch.stack([torch.stack([cos * sign, -sin], 1), torch.stack([sin * sign, cos], 1)], 1)       # (B, 2, 2)
+    theta = torch.cat([theta, shift[:, :, None]], 2).to(images.device, non_blocking=True)
+    light, gain = (t.view(-1, 1, 1, 1).to(images.device, non_blocking=True) for t in (light * 255, gain))
+    images = images.float()
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return ((images - mean) * gain + mean + light).clamp(0, 255)
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.parse_args()
+    scenes = toy_scenes(0, 6)
+    sheet = Image.fromarray(np.vstack([np.hstack([s[1] for s in scenes]),
+                                       np.hstack([voc_palette()[s[2]] for s in scenes])]))
+    write_atomically("out/toy.png", lambda file: sheet.save(file, "png"))
+    print(f"out/toy.png: {len(scenes)} scenes; tags: "
+          + " | ".join(" ".join(TOY_CLASSES[k] for k in np.unique(s[2]) if k) for s in scenes))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,347 @@
+"""Train from image tags alone: the hand-written loop of section 4.1, for the toy, VOC, ImageNet or your own folder.
+
+    python train.py                                       # = python train.py toy: no data, no GPU, about a minute
+    python train.py voc --voc VOC2012 --weights vgg16.pth --background DIR
+    python train.py paper --imagenet DIR --weights net_weight_1
+    python train.py folder --images DIR --tags tags.csv   # own classes: file,tag;tag;...
+    torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
+
+Writes out/<preset>/: ckpt.pt, log.csv, settings.json, panel.png, scores.json. Every setting below is a flag
+(--aggregation max --r 5 --steps 200 --device cpu); `--help` lists them with the presets' and the paper's values.
+"""
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+import eval_voc
+import infer
+from data import InputError
+from model import AGGREGATIONS, TRUNKS, Net, load_trunk, pick_device, tag_loss
+
+
+# ---------------------------------------------------------------- settings: this block is the help
+
+def opt(group, default, text, choices=None, free=False):
+    """A setting; free ones may change when a run is resumed."""
+    return dataclasses.field(default=default, metadata=dict(group=group, help=text, choices=choices, free=free))
+
+
+@dataclasses.dataclass
+class Settings:
+    voc: str = opt("data", "", "the devkit's VOC2012 folder", free=True)
+    set: str = opt("data", "train", "the VOC set to train on")
+    imagenet: str = opt("data", "", "folder of <wnid>/ folders", free=True)
+    synsets: str = opt("data", "", "CSV of wnid,class in place of the built-in ILSVRC table")
+    images: str = opt("data", "", "folder of photographs", free=True)
+    tags: str = opt("data", "", "CSV of file,tag;tag;...", free=True)
+    background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
+    masks: str = opt("data", "", "folder of label PNGs: learn per pixel (full supervision, or own predictions)")
+    limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
+    size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)")
+    toy_images: int = opt("data", 2000, "toy: training images drawn from the seed")
+
+    trunk: str = opt("model", "vgg16", "feature extractor (paper: overfeat)", list(TRUNKS))
+    weights: str = opt("model", "", "the trunk's weights; vgg16's are fetched when not given", free=True)
+    train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)")
+    head: str = opt("model", "", "hidden widths of the head, e.g. 1024,768,512 (empty: the trunk's own)")
+    aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", list(AGGREGATIONS))
+    r: float = opt("model", 5.0, "sharpness of lse (paper: 5)")
+    loss: str = opt("model", "softmax", "paper: softmax, Eq. 2", ["softmax", "sigmoid"])
+    dropout: float = opt("model", 0.5, "in the head (paper: 0.5)")
+
+    optimizer: str = opt("optimiser", "sgd", "paper: sgd", ["sgd", "adam"])
+    lr: float = opt("optimiser", 1e-3, "learning rate (paper: 0.001)")
+    schedule: str = opt("optimiser", "steps", "steps: x0.8 every 5 million samples (paper); cosine: to 0 at the last step",
+                        ["steps", "cosine"])
+    momentum: float = opt("optimiser", 0.9, "SGD's, and Adam's first (paper: 0.9)")
+    weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005")
+    batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)")
+    steps: int = opt("optimiser", 1000, "optimiser steps (paper: about a week of them)", free=True)
+    jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten; only without --cache")
+
+    out: str = opt("run", "", "output folder (empty: out/<preset>)", free=True)
+    seed: int = opt("run", 0, "decides weights, order, jitter and dropout")
+    device: str = opt("run", "auto", "auto, cpu, cuda, cuda:1, mps", free=True)
+    amp: bool = opt("run", False, "bfloat16 autocast")
+    compile: bool = opt("run", False, "torch.compile the head", free=True)
+    workers: int = opt("run", 0, "loader processes", free=True)
+    log_every: int = opt("run", 20, "steps between lines of log.csv")
+    save_every: int = opt("run", 200, "steps between checkpoints", free=True)
+    resume: bool = opt("run", False, "continue the run in --out", free=True)
+
+
+PRESETS = {
+    "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=16, steps=900, dropout=0.2,
+                weight_decay=1e-4),
+    "voc": dict(optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1500),
+    "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
+    "folder": dict(optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500),
+}
+
+
+def parse(argv):
+    """Command line -> (preset, Settings); refuses unknown flags and values by name."""
+    parser = data.Parser(description=__doc__)
+    parser.add_argument("preset", nargs="?", default="toy", choices=list(PRESETS))
+    groups = {}
+    for f in dataclasses.fields(Settings):
+        m = f.metadata
+        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
+        presets = ", ".join(f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v)
+        kind = dict(action=data.argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=m["choices"], metavar=None if m["choices"] else f.type.__name__.upper())
+        group.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=None, **kind,
+                           help=f"{m['help']} [{f.default if f.default != '' else 'none'}{'; ' if presets else ''}{presets}]")
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    preset = given.pop("preset")
+    settings = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
+    for flag, low in dict(batch=1, steps=1, lr=0, r=1e-6, log_every=1, save_every=1, workers=0, limit=0, size=0).items():
+        if not getattr(settings, flag) >= low:
+            parser.error(f"argument --{flag.replace('_', '-')}: {getattr(settings, flag)} is below {low}")
+    needs = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
+    for flag in needs:
+        if not getattr(settings, flag):
+            parser.error(f"{preset} needs --{flag} ({dict(parser._option_string_actions)['--' + flag].help})")
+    try:
+        [int(w) for w in settings.head.split(",") if settings.head]
+    except ValueError:
+        parser.error(f"argument --head: '{settings.head}' is not a list of widths such as 1024,768,512")
+    settings.size = settings.size or TRUNKS[settings.trunk].size
+    return preset, settings, given
+
+
+def load_photos(preset, s):
+    """The preset's tagged photographs."""
+    if preset == "toy":
+        photos = data.toy_photos(s.seed, s.toy_images)
+    elif preset == "voc":
+        photos = data.voc_photos(s.voc, s.set)
+    elif preset == "folder":
+        photos = data.folder_photos(s.images, s.tags)
+    else:
+        photos = data.imagenet_photos(s.imagenet, s.synsets)
+    if s.limit and s.limit < len(photos):
+        photos = photos.take(np.linspace(0, len(photos) - 1, s.limit).astype(int).tolist())
+    if s.background:
+        extra = data.imagenet_photos(s.background, s.synsets)
+        photos = data.join(photos, extra.take(torch.where(extra.tags[:, 0] > 0)[0].tolist()))
+    photos.size, photos.cut = s.size, preset == "paper"
+    return photos
+
+
+# ---------------------------------------------------------------- batches
+
+class Stream(torch.utils.data.Sampler):
+    """Endless shuffled passes over n images, as batches of (index, place of the cut) keys from one seed.
+
+    Any step's batch is a function of (seed, step) alone, so resuming, workers and processes change nothing.
+    """
+
+    def __init__(self, n, batch, seed, steps, rank=0, world=1):
+        self.n, self.batch, self.seed, self.steps, self.share = n, batch, seed, steps, slice(rank, None, world)
+
+    def keys(self, step):
+        """The whole batch of a step, before it is shared among processes."""
+        keys = []
+        for position in range(step * self.batch, (step + 1) * self.batch):
+            epoch, i = divmod(position, self.n)
+            if getattr(self, "epoch", None) != epoch:
+                rng = np.random.default_rng([self.seed, 2, epoch])
+                self.epoch, self.order, self.places = epoch, rng.permutation(self.n), rng.random(self.n)
+            keys.append((int(self.order[i]), float(self.places[i])))
+        return keys
+
+    def __iter__(self):
+        for step in self.steps:
+            yield self.keys(step)[self.share]
+
+
+def learning_rate(s, step):
+    """Section 4.1: x0.8 after every 5 million samples; or a cosine to 0."""
+    if s.schedule == "cosine":
+        return s.lr * 0.5 * (1 + np.cos(np.pi * step / s.steps))
+    return s.lr * 0.8 ** (step * s.batch // 5_000_000)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def commit():
+    """The code's git commit, or "unknown" outside a repository."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                              text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def save_checkpoint(path, net, s, classes, step, optimizer, pending, thresholds=None):
+    """Plain tensors and values only. A frozen trunk with public weights is left out; its file is named instead."""
+    keep = {k: v.cpu() for k, v in net.state_dict().items()
+            if not (k.startswith("trunk.") and int(k.split(".")[1]) < net.frozen_convs and s.trunk != "tiny")}
+    data.write_atomically(path, lambda file: torch.save(
+        dict(format=1, step=step, settings=dataclasses.asdict(s), classes=classes, model=keep, pending=pending,
+             optimizer=optimizer.state_dict(), thresholds=thresholds or {}), file))
+
+
+def resume(path, s, net, optimizer):
+    """Fill net and optimizer from a checkpoint; returns (step, pending losses). Refuses settings that differ."""
+    ckpt = infer.read_checkpoint(path)
+    fixed = [f.name for f in dataclasses.fields(Settings) if not f.metadata["free"]]
+    differ = [f"{k} was {ckpt['settings'].get(k)} and is {getattr(s, k)}" for k in fixed
+              if ckpt["settings"].get(k) != getattr(s, k)]
+    if differ:
+        raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
+    net.load_state_dict(ckpt["model"], strict=False)
+    optimizer.load_state_dict(ckpt["optimizer"])
+    return ckpt["step"], ckpt["pending"]
+
+
+# ---------------------------------------------------------------- training
+
+def train(net, photos, s, device, rank=0, world=1):
+    """The loop. Returns the optimizer; leaves ckpt.pt and log.csv in s.out."""
+    main, out = rank == 0, Path(s.out)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    if s.optimizer == "sgd":
+        optimizer = torch.optim.SGD(trained, s.lr, s.momentum, weight_decay=s.weight_decay, fused=device.type == "cuda")
+    else:
+        optimizer = torch.optim.AdamW(trained, s.lr, (s.momentum, 0.999), weight_decay=s.weight_decay,
+                                      fused=device.type == "cuda")
+    first, pending = resume(out / "ckpt.pt", s, net, optimizer) if s.resume else (0, [])
+    scores_of = torch.compile(net.scores) if s.compile else net.scores
+    log = Log(out / "log.csv", first) if main else None
+
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
+    stream = Stream(len(photos), s.batch, s.seed, range(first, s.steps), rank, world)
+    loader = torch.utils.data.DataLoader(photos, batch_sampler=stream, num_workers=s.workers,
+                                         pin_memory=device.type == "cuda", persistent_workers=False)
+    start, net = time.perf_counter(), net.train()
+    for step, (images, index) in zip(range(first, s.steps), loader):
+        lr = learning_rate(s, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(s.seed * 1_000_003 + step)              # dropout's state: a function of (seed, step) too
+        images = images.to(device, non_blocking=True)
+        tags = photos.tags[index].to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+            if s.jitter:
+                generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
+                images = data.augment(images, generator)
+            scores = scores_of(net.frozen(images))                                    # (B, K, h, w)
+        loss = tag_loss(net.aggregate(scores), tags, s.loss)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if world > 1:
+            loss = average(trained, loss)
+        optimizer.step()
+
+        pending.append(loss.detach())
+        done = step + 1
+        if done % s.log_every == 0 or done == s.steps:
+            pending = [float(x) for x in torch.stack([torch.as_tensor(x, device=device) for x in pending]).cpu()]
+            if not np.isfinite(pending).all():
+                raise InputError(blame(photos, stream, done, pending, out))
+            if main:
+                log.write(done, done * s.batch, float(np.mean(pending)), lr, (done - first) * s.batch
+                          / (time.perf_counter() - start), s.steps)
+            pending = []
+        if main and (done % s.save_every == 0 and not pending or done == s.steps or stop):
+            save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, [float(x) for x in pending])
+        if stop and done < s.steps:
+            raise InputError(f"{out / 'ckpt.pt'}: interrupted and saved at step {done}; go on with --resume")
+    return optimizer
+
+
+def average(parameters, loss):
+    """Average gradients, and the loss that is logged, over all processes in one message."""
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [loss.detach().view(1)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, grad in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p))
+    return flat[-1]
+
+
+def blame(photos, stream, done, losses, out):
+    """One line for a loss that is not finite: the step, the files of its batch, the checkpoint to go back to."""
+    bad = done - len(losses) + int(np.argmin(np.isfinite(losses)))
+    names = ", ".join(Path(photos.paths[i]).name if not isinstance(photos.paths[i], np.ndarray) else f"toy {i}"
+                      for i, _ in stream.keys(bad))
+    saved = out / "ckpt.pt"
+    return (f"step {bad}: the loss is not finite; lower --lr, or look at {names}; last good checkpoint: "
+            f"{saved if saved.exists() else 'none'}")
+
+
+class Log:
+    """log.csv and a fixed-width line on stdout. Rows past the step resumed from are dropped."""
+
+    def __init__(self, path, first):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = list(csv.reader(open(path, newline=""))) if first and path.exists() else []
+        self.file = open(path, "w", newline="")
+        self.csv = csv.writer(self.file)
+        self.csv.writerow(["step", "samples", "loss", "lr", "images_per_s"])
+        self.csv.writerows(row for row in rows[1:] if int(row[0]) <= first)
+        print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
+
+    def write(self, step, samples, loss, lr, rate, steps):
+        self.csv.writerow([step, samples, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}"])
+        self.file.flush()
+        left = (steps - step) * samples / step / rate
+        print(f"{step:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
+
+
+def main():
+    preset, s, given = parse(sys.argv[1:])
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(s.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    out = Path(s.out)
+    if s.resume and not (out / "ckpt.pt").exists():
+        raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume")
+    start = time.perf_counter()
+    photos = load_photos(preset, s)
+    net = Net(s.trunk, len(photos.classes), [int(w) for w in s.head.split(",")] if s.head else None, s.aggregation, s.r,
+              s.dropout, s.train_convs, torch.Generator().manual_seed(s.seed))
+    if s.trunk != "tiny":
+        infer.load_weights(net, s.trunk, s.weights)
+    net.to(device).to(memory_format=torch.channels_last)
+    if rank == 0:
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        print(f"{preset} on {device}: {len(photos):,} images, {len(photos.classes)} classes, {trained:,} trained parameters"
+              + "".join(f", {k}={v}" for k, v in given.items()))
+        data.write_atomically(out / "settings.json", lambda f: f.write(json.dumps(
+            dict(dataclasses.asdict(s), commit=commit(), command=" ".join(sys.argv)), indent=1).encode()))
+    optimizer = train(net, photos, s, device, rank, world)
+    if rank == 0:
+        net.eval()
+        if preset == "toy":
+            scenes = data.toy_scenes(s.seed, 60)
+            report = eval_voc.ladder(net, scenes, photos.classes, {})
+            eval_voc.print_ladder(report)
+            data.write_atomically(out / "scores.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+            infer.save_panel(out / "panel.png", net, scenes[:6], photos.classes)
+        print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    data.run_cli(main)
