@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 VOID = 255
 VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -297,16 +297,21 @@ def image_files(folder):
     return files
 
 
+def read_csv(path, example):
+    """Rows of a CSV text file, blank lines left out. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path}: not a CSV text file ({e}); expected lines such as  {example}") from e
+
+
 def folder_photos(folder, tags):
     """Photos of one's own: a CSV of file,tag;tag;... with paths inside the folder. No tag, or `background`: background.
 
     Classes are background and then the tags in alphabetical order. Raises InputError naming file and line.
     """
-    try:
-        with open(tags, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{tags}: not a CSV text file ({e}); expected lines such as  photo.jpg,cat;dog") from e
+    rows = read_csv(tags, "photo.jpg,cat;dog")
     if rows and rows[0][0].strip().lower() in ("file", "image", "filename"):
         rows = rows[1:]
     paths, sets = [], []
@@ -322,6 +327,73 @@ def folder_photos(folder, tags):
     if not 2 <= len(classes) <= VOID:
         raise InputError(f"{tags}: {len(classes) - 1} classes; expected 1 to {VOID - 1}, as in  photo.jpg,cat;dog")
     return Photos(paths, one_hot([{classes.index(t) for t in s} or {0} for s in sets], classes), classes)
+
+
+# ---------------------------------------------------------------- ImageNet
+
+# The ILSVRC-2012 classes below each VOC class: eight digits of a wnid, or an inclusive range of them.
+VOC_WNIDS = {
+    "aeroplane": "02690373 04552348", "bicycle": "02835271 03792782",
+    "bird": "01514668-01622779 01795545-01860187 02002556-02058221",
+    "boat": "02951358 02981792 03095699 03344393 03447447 03662601 03673027 03947888 04147183 04273569 04483307 04612504",
+    "bottle": "02823428 03983396 04557648 04591713", "bus": "03769881 04146614 04487081",
+    "car": "02814533 02930766 03100240 03594945 03670208 03770679 03777568 04037443 04285008",
+    "cat": "02123045-02124075", "chair": "02791124 03376595 04099969 04429376", "cow": "02403003",
+    "diningtable": "03201208", "dog": "02085620-02113978", "horse": "02389026", "motorbike": "03785016 03791053",
+    "person": "09835506-10565667", "pottedplant": "03991062", "sheep": "02412080", "sofa": "04344873",
+    "train": "02917067 03272562 03393912 03895866 04310018", "tvmonitor": "03782006 04152593 04404412"}
+# In neither: the photograph usually holds a VOC object, or shows something too much like one to be background.
+AMBIGUOUS_WNIDS = """
+01440764 02114367-02116738 02119022-02120505 02125311-02130308 02391049 02408429 02410509 02415577 02417914 02514041
+02536864 02640242 02641379 02667093-02687172 02701002 02704792 02730930 02749479 02769748 02777292 02786058 02787622
+02790996 02791270 02799071 02802426 02804610 02807133 02817516 02834397 02837789 02859443 02860847 02869837 02879718
+02883205 02892767 02916936 02927161 02963159-02966193 02974003 02992211 03000247 03045698 03085013 03110669 03124170
+03125729 03127747 03141823 03179701 03180011 03188531 03216828 03218198 03249569-03255030 03272010 03290653 03325584
+03345487 03372029 03379051 03394916 03404251-03425413 03444034 03445924 03450230 03457902-03461385 03476684 03476991
+03494278 03495258 03529860 03534580-03538406 03594734 03595614 03599486 03617480 03623198 03630383 03642806 03661043
+03676483 03690938 03710637 03710721 03721384 03724870 03733131 03759954 03763968 03770439 03787032 03793489 03796401
+03803284 03814639-03832673 03838899 03857828-03868863 03873416 03874293 03877472 03884397 03888605-03891332 03899768
+03916031 03929855 03930630 03937543 03942813 03977966-03982430 03992509 04019541 04023962 04039381 04065272 04081281
+04090263 04118538 04133789-04141076 04162706 04209133 04228054-04235860 04251144 04252077 04254680 04254777 04259630
+04266014 04296562 04311174-04325704 04335435 04336792 04347754 04350905 04355933-04357314 04370456-04371774 04409515
+04418357 04456115 04461696 04467665 04479046 04482393 04487394 04493381 04507155 04509417 04522168 04532106 04536866
+04540053 04560804 04579145 04584207 04590129 04591157 04592741 04606251 06359193 07892512"""
+
+def wnid_class(wnid):
+    """VOC class of an ILSVRC-2012 wnid such as n02123045, "background", or None where it is ambiguous."""
+    def listed(spans):
+        return any(int(span[:8]) <= int(wnid[1:]) <= int(span[-8:]) for span in spans.split())
+    if listed(AMBIGUOUS_WNIDS):
+        return None
+    return next((name for name, spans in VOC_WNIDS.items() if listed(spans)), "background")
+
+
+def read_synsets(path):
+    """CSV of wnid,class -> {wnid: class index}, for other trees than ILSVRC. Raises InputError naming the line."""
+    table = {}
+    for number, row in enumerate(read_csv(path, "n02123045,cat"), 1):
+        if len(row) != 2 or row[1].strip() not in VOC_CLASSES:
+            raise InputError(f"{path}: line {number}: '{','.join(row)[:60]}'; expected a wnid and a VOC class or background")
+        table[row[0].strip()] = row[1].strip()
+    return table
+
+
+def imagenet_photos(folder, synsets=""):
+    """Photos of <wnid>/ folders, one tag an image (section 4.1). Folders whose wnid has no class are left out.
+
+    synsets: a CSV of wnid,class in place of the built-in table of the 1,000 ILSVRC classes.
+    """
+    table, paths, tags = read_synsets(synsets) if synsets else None, [], []
+    wnids = sorted(p for p in Path(folder).glob("n[0-9]*") if p.is_dir() and p.name[1:].isdigit())
+    for wnid in wnids:
+        name = table.get(wnid.name) if table else wnid_class(wnid.name)
+        if name:
+            found = sorted(p for p in wnid.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            paths += found
+            tags += [{VOC_CLASSES.index(name)}] * len(found)
+    if not paths:
+        raise InputError(f"{folder}: no image of a known class in its {len(wnids)} <wnid>/ folders (n02123045/x.JPEG)")
+    return Photos(paths, one_hot(tags, VOC_CLASSES), VOC_CLASSES)
 
 
 # ---------------------------------------------------------------- the toy set
@@ -417,7 +489,13 @@ def augment(images, generator, flip=0.5, rotate=10.0, scale=0.2, brightness=0.2,
 
 def main():
     parser = Parser(description=__doc__)
-    parser.parse_args()
+    parser.add_argument("--imagenet", metavar="DIR", help="count the images per VOC class below this folder instead")
+    args = parser.parse_args()
+    if args.imagenet:
+        photos = imagenet_photos(args.imagenet)
+        for name, count in zip(VOC_CLASSES, photos.tags.sum(0)):
+            print(f"{name:12} {int(count):8,}")
+        return
     scenes = toy_scenes(0, 6)
     sheet = Image.fromarray(np.vstack([np.hstack([s[1] for s in scenes]),
                                        np.hstack([voc_palette()[s[2]] for s in scenes])]))

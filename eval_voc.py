@@ -5,90 +5,285 @@
     python eval_voc.py submit PRED_DIR --voc VOC2012 --set test --out results.tgz
 
 One 21 x 21 histogram over the whole set, void pixels left out, the plain mean over all 21 classes: VOCevalseg.m.
+Letters in shape comments: K classes, H W pixels. Matrices have a row per true and a column per predicted class.
 """
+import io
 import json
 import math
-import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import data
 import infer
-from data import InputError
+from data import InputError, VOID
+from model import pick_device
+
+# Mean IoU per class on VOC 2012 val in the paper's Table 4, background first, in devkit order.
+PAPER = {
+    "base": [37.0, 10.4, 12.4, 10.8, 5.3, 5.7, 25.2, 21.1, 25.15, 4.8, 21.5, 8.6, 29.1, 25.1, 23.6, 25.5, 12.0, 28.4,
+             8.9, 22.0, 11.6],
+    "ilp": [73.2, 25.4, 18.2, 22.7, 21.5, 28.6, 39.5, 44.7, 46.6, 11.9, 40.4, 11.8, 45.6, 40.1, 35.5, 35.2, 20.8, 41.7,
+            17.0, 34.7, 30.4],
+    "ilp+sppxl": [77.2, 37.3, 18.4, 25.4, 28.2, 31.9, 41.6, 48.1, 50.7, 12.7, 45.7, 14.6, 50.9, 44.1, 39.2, 37.9, 28.3,
+                  44.0, 19.6, 37.6, 35.0],
+    "ilp+bb": [78.6, 46.9, 18.6, 27.9, 30.7, 38.4, 44.0, 49.6, 49.8, 11.6, 44.7, 14.6, 50.4, 44.7, 40.8, 38.5, 26.0,
+               45.0, 20.5, 36.9, 34.8],
+    "ilp+seg": [79.6, 50.2, 21.6, 40.6, 34.9, 40.5, 45.9, 51.5, 60.6, 12.6, 51.2, 11.6, 56.8, 52.9, 44.8, 42.7, 31.2,
+                55.4, 21.5, 38.8, 36.9],
+}
 
 
 # ---------------------------------------------------------------- the measure
 
 def confusion(truth, prediction, classes):
-    """Joint histogram of one image, (K, K) int64, rows truth and columns prediction; truth 255 (void) is left out.
+    """Joint histogram of one image, (K, K) int64; pixels whose truth is 255 (void) are left out.
 
-    truth, prediction: (H, W) uint8. Raises ValueError where sizes differ or any index is not a class; a predicted
-    void is an error even under void, as in the devkit.
+    truth, prediction: (H, W) uint8. Raises InputError where the sizes differ or an index is no class; a predicted
+    index that is too large is an error even under void, as in the devkit.
     """
     if truth.shape != prediction.shape:
-        raise ValueError(f"it is {prediction.shape[1]}x{prediction.shape[0]}, the truth is {truth.shape[1]}x{truth.shape[0]}; "
-                         "nothing is resized, save labels at the photograph's size")
+        raise InputError(f"{prediction.shape[1]}x{prediction.shape[0]} pixels, but the truth has {truth.shape[1]}x"
+                         f"{truth.shape[0]}; nothing is resized: save labels at the photograph's size")
     if prediction.max(initial=0) >= classes:
-        raise ValueError(f"index {prediction.max()} in a prediction of {classes} classes; label every pixel 0..{classes - 1}")
-    keep = truth != data.VOID
-    if truth[keep].max(initial=0) >= classes:
-        raise ValueError(f"index {truth[keep].max()} in the truth of {classes} classes")
-    joint = truth[keep].astype(np.int64) * classes + prediction[keep]
-    return np.bincount(joint, minlength=classes ** 2).reshape(classes, classes)
+        raise InputError(f"holds index {prediction.max()}; every pixel must be labelled 0..{classes - 1}, 255 is not allowed")
+    truth, prediction = truth.ravel(), prediction.ravel()
+    rows = np.bincount(truth.astype(np.intp) * classes + prediction, minlength=256 * classes).reshape(256, classes)
+    if rows[classes:VOID].any():
+        raise InputError(f"its truth holds index {classes + rows[classes:VOID].any(1).argmax()}, beyond the {classes} classes")
+    return rows[:classes]
 
 
 def measures(matrix):
-    """Per-class iou, precision, recall in percent, from a (K, K) confusion; 0/0 is NaN, as in the devkit."""
-    hit, rows, columns = np.diag(matrix).astype(float), matrix.sum(1), matrix.sum(0)
+    """Per-class IoU, precision and recall in percent from a confusion (K, K); 0/0 is NaN, as in the devkit."""
+    hit, true, predicted = np.diag(matrix).astype(float), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return 100 * hit / (rows + columns - hit), 100 * hit / columns, 100 * hit / rows
+        return 100 * hit / (true + predicted - hit), 100 * hit / predicted, 100 * hit / true
 
 
 def summarise(matrix, classes, images):
-    """The JSON form of a score: percent, mean_iou over all classes (None where one is undefined), and over the defined."""
+    """A confusion (K, K) as JSON-ready percentages. mean_iou is the official mean: None where a class is undefined.
+
+    mean_iou_defined: over the classes_defined classes that occur; mean_accuracy: mean recall, Table 2's measure.
+    """
     iou, precision, recall = measures(matrix)
 
-    def plain(values):
+    def named(values):
         return {name: None if math.isnan(v) else float(v) for name, v in zip(classes, values)}
-    defined = ~np.isnan(iou)
-    return dict(mean_iou=float(iou.mean()) if defined.all() else None,
-                mean_iou_defined=float(iou[defined].mean()) if defined.any() else None,
-                classes_defined=int(defined.sum()), images=images, iou=plain(iou), precision=plain(precision),
-                recall=plain(recall), mean_accuracy=float(np.nanmean(recall)) if defined.any() else None)
+
+    def mean(values):
+        return float(np.nanmean(values)) if not np.isnan(values).all() else None
+    return dict(mean_iou=None if np.isnan(iou).any() else mean(iou), mean_iou_defined=mean(iou),
+                classes_defined=int((~np.isnan(iou)).sum()), images=images, mean_accuracy=mean(recall),
+                iou=named(iou), precision=named(precision), recall=named(recall))
 
 
-def mean_of(report):
-    return report["mean_iou"] if report["mean_iou"] is not None else report["mean_iou_defined"]
+def variants(matrices, void_matrices):
+    """Means of IoU that others report and that are not VOC's, from the confusions of single images, in percent.
+
+    void_matrices: the same with void pixels counted as background in the truth.
+    """
+    total = sum(matrices)
+    hit, true, predicted = np.diag(total), total.sum(1), total.sum(0)
+    iou = measures(total)[0]
+    return {"mean over images of the mean over their classes": np.mean([np.nanmean(measures(m)[0]) for m in matrices]),
+            "epsilon in the fraction (absent classes count 0)": np.mean(100 * hit / (true + predicted - hit + 1e-10)),
+            "classes that occur in the truth only": iou[true > 0].mean(),
+            "void counted as background": np.nanmean(measures(sum(void_matrices))[0])}
+
+
+def compare(truth_path, prediction_path, classes, void_too=False):
+    """Confusion of two files, and with void_too a second one with void as background. InputError names the file."""
+    truth, prediction = data.read_labels(truth_path), data.read_labels(prediction_path)
+    try:
+        return (confusion(truth, prediction, classes),
+                confusion(np.where(truth == VOID, 0, truth), prediction, classes) if void_too else 0)
+    except InputError as e:
+        raise InputError(f"{prediction_path}: {e}") from e
+
+
+def attempt(function, items):
+    """Map over items on all cores -> results; every InputError is collected, and all are raised together as one."""
+    problems = []
+
+    def safely(item):
+        try:
+            return function(item)
+        except InputError as e:
+            problems.append(str(e))
+    with ThreadPoolExecutor() as pool:
+        results = list(data.progress(pool.map(safely, items), "checked", len(items)))
+    if problems:
+        raise InputError(f"{len(problems)} of {len(items)} files cannot be used: " + "; ".join(sorted(problems)))
+    return results
+
+
+def existing(folder, ids):
+    """Label files of these ids; raises InputError listing all that are missing."""
+    missing = [i for i in ids if not Path(folder, f"{i}.png").is_file()]
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} of {len(ids)} label files are missing: {', '.join(missing[:20])}"
+                         f"{' ...' if len(missing) > 20 else ''}; run infer.py on the whole set")
+    return [Path(folder, f"{i}.png") for i in ids]
+
+
+def score(folder, voc, name, classes, void_too=False):
+    """Score a folder of label PNGs against a set's truth: (confusions of single images, those with void counted)."""
+    ids = data.voc_ids(voc, name)
+    truths = [Path(voc, "SegmentationClass", f"{i}.png") for i in ids]
+    pairs = attempt(lambda pair: compare(*pair, len(classes), void_too), list(zip(truths, existing(folder, ids))))
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def print_score(report, matrix, classes):
+    width = max(map(len, classes))
+    print(f"{'':{width}} {'IoU':>7} {'precision':>10} {'recall':>7}")
+    for name, *values in zip(classes, *measures(matrix)):
+        print(f"{name:{width}} {values[0]:7.2f} {values[1]:10.2f} {values[2]:7.2f}")
+    print(f"mean IoU (VOC) {report['mean_iou'] if report['mean_iou'] is not None else math.nan:.2f}"
+          f"   mean class accuracy {report['mean_accuracy']:.2f}   {report['images']} images")
+    if report["mean_iou"] is None:
+        print(f"mean IoU over the {report['classes_defined']} of {len(classes)} classes that occur "
+              f"{report['mean_iou_defined']:.2f}   (not VOC's: the others are 0/0)")
 
 
 # ---------------------------------------------------------------- the ladder
 
-def ladder(net, samples, classes, settings):
-    """Score every rung in one pass; samples: iterable of (name, image (H, W, 3), truth (H, W)). JSON-ready dict."""
-    matrices = {}
-    images = 0
+def ladder(net, samples, classes, dense=1):
+    """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict."""
+    matrices, images = {}, 0
     for name, image, truth in samples:
-        p, q = infer.predict(net, image)
-        rows = {"base": p.argmax(0), "ilp": infer.ilp(p, q).argmax(0), "ilpnobg": infer.ilp(p, q, False).argmax(0)}
-        for row, labels in rows.items():
-            matrices[row] = matrices.get(row, 0) + confusion(truth, labels.astype(np.uint8), len(classes))
+        for row, labels in infer.rungs(net, image, dense):
+            try:
+                matrices[row] = matrices.get(row, 0) + confusion(truth, labels.astype(np.uint8), len(classes))
+            except InputError as e:
+                raise InputError(f"{name}: {e}") from e
         images += 1
     return dict(rows={row: summarise(m, classes, images) for row, m in matrices.items()}, classes=classes)
 
 
 def print_ladder(report):
+    """One column a rung; for VOC's classes the paper's val mean below ours."""
     rows, classes = report["rows"], report["classes"]
-    width = max(map(len, classes))
+    width = max(12, *map(len, classes))
     print(f"{'':{width}} " + " ".join(f"{row:>10}" for row in rows))
     for name in classes:
-        print(f"{name:{width}} " + " ".join(f"{r['iou'][name] if r['iou'][name] is not None else math.nan:10.1f}"
+        print(f"{name:{width}} " + " ".join(f"{math.nan if r['iou'][name] is None else r['iou'][name]:10.1f}"
                                             for r in rows.values()))
-    print(f"{'mean IoU':{width}} " + " ".join(f"{mean_of(r):10.1f}" for r in rows.values()))
+    print(f"{'mean IoU':{width}} " + " ".join(f"{r['mean_iou_defined']:10.1f}" for r in rows.values()))
+    if any(r["mean_iou"] is None for r in rows.values()):
+        print(f"(over the {min(r['classes_defined'] for r in rows.values())} or more of {len(classes)} classes that occur)")
+    if classes == data.VOC_CLASSES:
+        print(f"{'paper, val':{width}} " + " ".join(f"{np.mean(PAPER[row]) if row in PAPER else math.nan:10.1f}"
+                                                    for row in rows))
+
+
+def voc_samples(voc, ids):
+    """Yield (id, image, truth) of a VOC set."""
+    truths = existing(Path(voc, "SegmentationClass"), ids)
+    for i, truth in data.progress(list(zip(ids, truths)), "scored"):
+        yield i, data.load_image(Path(voc, "JPEGImages", f"{i}.jpg")), data.read_labels(truth)
+
+
+# ---------------------------------------------------------------- submission
+
+def submit(folder, voc, name, out):
+    """Check every label file of a test set (id, size, palette, range) and pack them for the evaluation server."""
+    ids = data.voc_ids(voc, name)
+
+    def check(pair):
+        i, path = pair
+        labels = data.read_labels(path)
+        with Image.open(path) as image, Image.open(Path(voc, "JPEGImages", f"{i}.jpg")) as photo:
+            if image.mode != "P":
+                raise InputError(f"{path}: grey indices; the server wants VOC's palette, as infer.py writes it")
+            if image.size != photo.size:
+                raise InputError(f"{path}: {image.size[0]}x{image.size[1]} pixels, its photograph has "
+                                 f"{photo.size[0]}x{photo.size[1]}")
+        if labels.max() >= len(data.VOC_CLASSES):
+            raise InputError(f"{path}: holds index {labels.max()}; every pixel must be labelled 0..20")
+        return i, path.read_bytes()
+    files = attempt(check, list(zip(ids, existing(folder, ids))))
+
+    def pack(file):
+        with tarfile.open(fileobj=file, mode="w:gz") as tar:
+            for i, content in files:
+                entry = tarfile.TarInfo(f"results/VOC2012/Segmentation/comp6_{name}_cls/{i}.png")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    data.write_atomically(out, pack)
+    return len(files)
+
+
+def read_classes(path):
+    """Class names, background first: VOC's, those of a checkpoint (.pt), or one a line of a text file."""
+    if not path:
+        return data.VOC_CLASSES
+    if Path(path).suffix == ".pt":
+        return infer.read_checkpoint(path)["classes"]
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not a text file; expected one class name a line, background first") from e
+    if not 2 <= len(names) <= VOID or len(set(names)) != len(names):
+        raise InputError(f"{path}: {len(names)} class names; expected 2 to {VOID} different ones, one a line")
+    return names
+
+
+def write_json(path, report):
+    if path:
+        data.write_atomically(path, lambda file: file.write(json.dumps(report, indent=1).encode()))
 
 
 def main():
-    pass
+    parser = data.Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{score,ladder,submit}")
+    for name, what, text in (("score", "folder", "IoU of a folder of label PNGs"),
+                             ("ladder", "checkpoint", "every prior, from a checkpoint"),
+                             ("submit", "folder", "pack label PNGs for the evaluation server")):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument(what)
+        sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
+        sub.add_argument("--set", default="test" if name == "submit" else "val", help="its set [%(default)s]")
+        if name == "submit":
+            sub.add_argument("--out", required=True, metavar="FILE.tgz")
+            continue
+        sub.add_argument("--json", metavar="FILE", help="also write the numbers here")
+        if name == "score":
+            sub.add_argument("--classes", metavar="FILE", help="class names, one a line, or a checkpoint [VOC's]")
+            sub.add_argument("--variants", action="store_true", help="also the means that others report, not VOC's")
+        else:
+            sub.add_argument("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint lacks them")
+            sub.add_argument("--limit", type=int, default=0, metavar="N", help="score N images spread over the set")
+            sub.add_argument("--dense", type=int, default=1, metavar="F", help="score grid F times finer than the stride")
+            sub.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    args, start = parser.parse_args(), time.perf_counter()
+    if args.command == "score":
+        classes = read_classes(args.classes)
+        matrices, with_void = score(args.folder, args.voc, args.set, classes, args.variants)
+        report = summarise(sum(matrices), classes, len(matrices))
+        print_score(report, sum(matrices), classes)
+        print(f"{len(matrices) / (time.perf_counter() - start):.0f} images/s")
+        if args.variants:
+            report["variants"] = variants(matrices, with_void)
+            print("\nvariants: NOT VOC's measure, for comparison with papers that used them")
+            for name, value in report["variants"].items():
+                print(f"{value:7.2f}  {name}")
+        write_json(args.json, report)
+    elif args.command == "ladder":
+        net, ckpt = infer.load_net(args.checkpoint, args.weights, pick_device(args.device))
+        ids = data.voc_ids(args.voc, args.set)
+        if args.limit:
+            ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
+        report = ladder(net, voc_samples(args.voc, ids), ckpt["classes"], args.dense)
+        print_ladder(report)
+        write_json(args.json, report)
+    else:
+        print(f"{args.out}: {submit(args.folder, args.voc, args.set, args.out)} label maps; upload as comp6")
 
 
 if __name__ == "__main__":

@@ -75,13 +75,26 @@ def predict(net, image, dense=1):
     return p.cpu().numpy(), q.cpu().numpy()
 
 
-def ilp(p, q, background=True):
-    """Image-level prior, Eq. 7: p (K, H, W) times q (K,). background: whether class 0 is multiplied as well."""
+def ilp(p, q, background=False):
+    """Image-level prior, Eq. 7: p (K, H, W) times q (K,). background: whether class 0 is multiplied as well.
+
+    Eq. 7 read literally covers the object classes alone, and that measures better (see README.md).
+    """
     q = q if background else np.concatenate([[1], q[1:]]).astype(q.dtype)
     return p * q[:, None, None]
 
 
 PRIORS = {"none": lambda p, image: p.argmax(0)}          # name: f(p (K, H, W), image (H, W, 3) uint8) -> labels (H, W)
+
+
+def rungs(net, image, dense=1):
+    """Yield (row of the ladder, labels (H, W)) for one image; the network runs once."""
+    p, q = predict(net, image, dense)
+    yield "base", p.argmax(0)
+    p = ilp(p, q)
+    yield "ilp", p.argmax(0)
+    for name, prior in list(PRIORS.items())[1:]:
+        yield f"ilp+{name}", prior(p, image)
 
 
 # ---------------------------------------------------------------- pictures

@@ -336,7 +336,7 @@ def main():
         net.eval()
         if preset == "toy":
             scenes = data.toy_scenes(s.seed, 60)
-            report = eval_voc.ladder(net, scenes, photos.classes, {})
+            report = eval_voc.ladder(net, scenes, photos.classes)
             eval_voc.print_ladder(report)
             data.write_atomically(out / "scores.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
             infer.save_panel(out / "panel.png", net, scenes[:6], photos.classes)
