@@ -1,0 +1,399 @@
+"""All tests: comparisons with independent computations, and the scripts run as the README runs them.
+
+    python -m pytest -q test_model.py             # a few minutes on two cores
+    python -m pytest -q test_model.py -k scorer   # one group
+
+Tests of real data read ../shared (see README.md) and are skipped, saying so, where it is absent.
+"""
+import csv
+import importlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval_voc
+import infer
+import model
+import train
+from data import InputError
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared"
+VOC, VGG = SHARED / "data/VOCdevkit/VOC2012", SHARED / "weights/vgg16_features_fp16.pth"
+IMAGENET = SHARED / "data/imagenet-sample"
+real_data = pytest.mark.skipif(not VOC.exists(), reason="no ../shared: tests on real photographs are left out")
+torch.set_num_threads(2)
+
+
+def call(script, *args, cwd=None):
+    """Run a script's main() in this process: (exit status, what it wrote to stderr, to stdout)."""
+    module, out, err = importlib.import_module(script), io.StringIO(), io.StringIO()
+    before = sys.argv, sys.stdout, sys.stderr, os.getcwd()
+    try:
+        sys.argv, sys.stdout, sys.stderr = [f"{script}.py", *map(str, args)], out, err
+        os.chdir(cwd or before[3])
+        data.run_cli(module.main)
+    except SystemExit as e:
+        return e.code or 0, err.getvalue(), out.getvalue()
+    finally:
+        sys.argv, sys.stdout, sys.stderr = before[:3]
+        os.chdir(before[3])
+
+
+def refused(status, err, *words):
+    """One line on stderr that holds these words, exit status 2."""
+    assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, (status, err)
+    assert all(str(word) in err for word in words), err
+
+
+def random_image(seed, height, width):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# ---------------------------------------------------------------- model: geometry
+
+def test_overfeat_has_the_papers_numbers():
+    rows = model.TRUNKS["overfeat"].rows
+    head = [model.conv(k, 3) for k in (1024, 768, 512, 21)]
+    assert model.out_size(400, rows) == 29
+    assert [model.out_size(n, rows + head) for n in (388, 389, 400, 401)] == [20, 21, 21, 22]
+    assert model.geometry(rows + head) == (12, 245, 74)
+    lines = model.table(rows + head, 400)
+    assert sum(x["parameters"] for x in lines[:8]) == 18_916_480
+    assert [x["parameters"] for x in lines[8:]] == [9_438_208, 7_078_656, 3_539_456, 96_789]
+    assert [x["cells"] for x in lines] == [197, 65, 59, 29, 29, 29, 29, 29, 27, 25, 23, 21]
+    assert sum(x["gmac"] for x in lines[:8]) == pytest.approx(19.6, abs=0.1)
+    assert model.out_size(231, model.TRUNKS["overfeat-fast"].rows) == 12
+
+
+@pytest.mark.parametrize("trunk", model.TRUNKS)
+def test_padding_puts_cells_on_pixels(trunk):
+    rows = model.TRUNKS[trunk].rows + [model.conv(8, 3), model.conv(3, 3)]
+    for n in (*range(1, 40), 333, 375, 500):
+        left, right, cells, offset = model.centring(n, rows)
+        assert cells == math.ceil(n / model.geometry(rows)[0]) and offset in (0, 0.5)
+        assert model.out_size(n + left + right, rows) >= cells > model.out_size(n + left + right - 1, rows) or right == 0
+    assert [model.centring(n, model.Net("overfeat").rows)[2] for n in (500, 375, 333)] == [42, 32, 28]
+
+
+def test_the_receptive_field_is_what_the_net_sees():
+    net = model.Net("tiny", classes=2, head=[8]).double().eval()
+    stride, field, centre = model.geometry(net.rows)
+    x = torch.full((1, 3, 99, 99), 128.0, dtype=torch.double, requires_grad=True)
+    net.run(x, net.rows, [*net.trunk, *net.head])[0, :, 5, 5].sum().backward()
+    seen = torch.where(x.grad.abs().sum((0, 1, 2)) > 0)[0]
+    assert centre + 5 * stride - (field - 1) / 2 <= seen.min() and seen.max() <= centre + 5 * stride + (field - 1) / 2
+
+
+# ---------------------------------------------------------------- model: OverFeat against a slow numpy forward pass
+
+def slow_conv(x, weight, bias, stride, pad):
+    """x (D, h, w), weight (out, D, k, k): cross-correlation in float64, one output place at a time."""
+    x, k = np.pad(x, ((0, 0), (pad, pad), (pad, pad))), weight.shape[2]
+    h, w = ((n - k) // stride + 1 for n in x.shape[1:])
+    out, flat = np.empty((len(weight), h, w)), weight.reshape(len(weight), -1).astype(np.float64)
+    for i in range(h):
+        for j in range(w):
+            out[:, i, j] = flat @ x[:, i * stride:i * stride + k, j * stride:j * stride + k].ravel() + bias
+    return out
+
+
+def slow_pool(x, k, stride):
+    h, w = ((n - k) // stride + 1 for n in x.shape[1:])
+    return np.array([[x[:, i * stride:i * stride + k, j * stride:j * stride + k].max((1, 2)) for j in range(w)]
+                     for i in range(h)]).transpose(2, 0, 1)
+
+
+SLOW_OVERFEAT = {                                  # written out from section 6.1 and 6.2, not from model.py's rows
+    "overfeat": ([(96, 3, 7, 2, 0), "pool 3", (256, 96, 7, 1, 0), "pool 2", (512, 256, 3, 1, 1), (512, 512, 3, 1, 1),
+                  (1024, 512, 3, 1, 1), (1024, 1024, 3, 1, 1)], 578_625_952),
+    "overfeat-fast": ([(96, 3, 11, 4, 0), "pool 2", (256, 96, 5, 1, 0), "pool 2", (512, 256, 3, 1, 1),
+                       (1024, 512, 3, 1, 1), (1024, 1024, 3, 1, 1)], 583_683_488)}
+
+
+@pytest.fixture(scope="module", params=SLOW_OVERFEAT)
+def overfeat_file(request, tmp_path_factory):
+    """A sparse file of the official size whose first floats are random weights in the official order."""
+    layers, size = SLOW_OVERFEAT[request.param]
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("w") / "net_weight"
+    with open(path, "wb") as file:
+        for layer in layers:
+            if not isinstance(layer, str):
+                out, channels, k = layer[:3]
+                std = math.sqrt(2 / (channels * k * k))
+                for values in (rng.normal(0, std, out * channels * k * k), rng.normal(0, 0.1, out)):
+                    file.write(values.astype("<f4").tobytes())
+        needed = file.tell()
+        file.truncate(size)
+    return request.param, path, needed
+
+
+def test_overfeat_file_loads_as_a_slow_numpy_net(overfeat_file):
+    name, path, needed = overfeat_file
+    assert name != "overfeat" or needed == 75_665_920
+    net = model.Net(name)
+    model.load_trunk(net, name, path)
+    image, at, n = random_image(1, 117, 129), 0, 0
+    x = (image.transpose(2, 0, 1).astype(np.float64) - 118.380948) / 61.896913
+    fast = net.normalise(torch.from_numpy(image).permute(2, 0, 1)[None])
+    values = np.fromfile(path, "<f4", needed // 4)
+    for layer, row in zip(SLOW_OVERFEAT[name][0], net.spec.rows):
+        if isinstance(layer, str):
+            x = slow_pool(x, int(layer[-1]), int(layer[-1]))
+        else:
+            out, channels, k, stride, pad = layer
+            weight = values[at:at + out * channels * k * k].reshape(out, channels, k, k)
+            at += weight.size
+            x = np.maximum(slow_conv(x, weight, values[at:at + out], stride, pad), 0)
+            at += out
+        convs = [net.trunk[n]] if row.kind == "conv" else []
+        n += len(convs)
+        with torch.no_grad():
+            fast = net.run(fast, [row], convs)
+        assert np.abs(fast[0].numpy() - x).max() <= 1e-4 * np.abs(x).max(), layer
+
+
+def test_wrong_overfeat_files_are_named(overfeat_file, tmp_path):
+    name, path, needed = overfeat_file
+    other = next(n for n in SLOW_OVERFEAT if n != name)
+    with pytest.raises(ValueError, match=f"bytes, but.*--trunk {name}"):
+        model.load_trunk(model.Net(other), other, path)
+    short = tmp_path / "short"
+    with open(path, "rb") as file:
+        head = file.read(needed)
+    short.write_bytes(head[:-4])
+    with pytest.raises(ValueError, match=f"{needed - 4:,} bytes"):
+        model.load_trunk(model.Net(name), name, short)
+    short.write_bytes(head[:400] + np.float32("nan").tobytes() + head[404:])
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        model.load_trunk(model.Net(name), name, short)
+
+
+# ---------------------------------------------------------------- model: dense
+
+@pytest.mark.parametrize("trunk, factors", [("overfeat", (2, 3, 4, 6, 12)), ("overfeat-fast", (2, 4, 8, 16)), ("tiny", (2, 4))])
+def test_dense_equals_shift_and_stitch(trunk, factors):
+    """On odd sizes, borders included, in float64, with narrow layers in the place of the wide ones."""
+    rows = [r._replace(out=min(r.out, 6)) for r in model.TRUNKS[trunk].rows] + [model.conv(5, 3), model.conv(3, 3)]
+    generator, channels, convs = torch.Generator().manual_seed(0), 3, []
+    for row in rows:
+        if row.kind == "conv":
+            convs.append(torch.nn.Conv2d(channels, row.out, row.kernel, dtype=torch.double))
+            channels = row.out
+    net = model.Net("tiny", 2)
+    x = torch.randn(1, 3, 317, 291, generator=generator, dtype=torch.double)
+    stride = model.geometry(rows)[0]
+    for factor in factors:
+        step = stride // factor
+        with torch.no_grad():
+            fast = net.run(x, model.dense_rows(rows, factor), convs)
+            slow = torch.full_like(fast, float("nan"))
+            for dy in range(factor):
+                for dx in range(factor):
+                    part = net.run(x[:, :, dy * step:, dx * step:], rows, convs)
+                    slow[:, :, dy::factor, dx::factor] = part
+        assert (fast - slow).abs().max() < 1e-12 and not slow.isnan().any()
+    for factor in (5, 7, 2 * stride):
+        with pytest.raises(ValueError, match="must divide"):
+            model.dense_rows(rows, factor)
+
+
+def test_upsampling_is_bilinear_between_cell_centres():
+    scores = torch.tensor([[[[0.0, 4.0, 12.0]]]])                     # cells on pixels 0.5, 4.5, 8.5
+    up = model.upsample(scores, (1, 12), step=4, offset=0.5)[0, 0, 0]
+    assert up[0] == 0 and up[11] == 12
+    assert torch.allclose(up[1:9], torch.tensor([0.5, 1.5, 2.5, 3.5, 5, 7, 9, 11.0]))
+    ramp = torch.arange(20.0).view(1, 1, 1, 20)
+    assert torch.allclose(model.upsample(ramp, (1, 40), 1, 0, zoom=0.5)[0, 0, 0], (torch.arange(40.0) / 2 - 0.25).clamp(0, 19))
+
+
+# ---------------------------------------------------------------- model: aggregation and freezing
+
+def test_lse_limits_and_stability():
+    s = torch.randn(2, 3, 5, 7, dtype=torch.double)
+    assert torch.allclose(model.lse(s, 1e4), s.amax((2, 3)), atol=1e-3)
+    assert torch.allclose(model.lse(s, 1e-6), s.mean((2, 3)), atol=1e-5)
+    naive = ((5 * s).exp().mean((2, 3))).log() / 5                    # Eq. 6 as it is written, area term included
+    assert torch.allclose(model.lse(s, 5.0), naive)
+    for size in (1e4, -1e4):
+        assert torch.allclose(model.lse(torch.full((1, 1, 9, 9), size), 5.0), torch.tensor(size))
+    one = torch.randn(2, 3, 1, 1)
+    assert all(torch.allclose(f(one, 5.0), one[:, :, 0, 0]) for f in model.AGGREGATIONS.values())
+
+
+@pytest.mark.parametrize("name", model.AGGREGATIONS)
+def test_aggregation_gradients(name):
+    s = torch.randn(2, 3, 4, 5, dtype=torch.double, requires_grad=True)
+    f = lambda s: model.AGGREGATIONS[name](s, 5.0)
+    assert torch.autograd.gradcheck(f, s)                              # finite differences in float64
+    f(s).sum().backward()
+    if name == "lse":
+        assert torch.allclose(s.grad, (5 * s).flatten(2).softmax(2).view_as(s))
+
+
+def test_loss_is_the_likelihood_of_the_tags():
+    s, tags = torch.randn(4, 5), torch.eye(5)[[0, 2, 4, 1]]
+    assert model.tag_loss(s, tags).item() == pytest.approx(-s.log_softmax(1)[range(4), [0, 2, 4, 1]].mean().item())
+    tags[1, 3] = 1
+    p = s[1:2].log_softmax(1)[0]
+    assert model.tag_loss(s[1:2], tags[1:2]).item() == pytest.approx(-(p[2] + p[3]).item() / 2)
+    probability = s.sigmoid()
+    sigmoid = -(tags * probability.log() + (1 - tags) * (1 - probability).log()).mean()
+    assert model.tag_loss(s, tags, "sigmoid").item() == pytest.approx(sigmoid.item(), rel=1e-5)
+
+
+def test_frozen_means_frozen():
+    for train_convs, frozen in ((0, 3), (1, 2), (-1, 0)):
+        net = model.Net("overfeat-fast" if frozen == 5 else "tiny", 4, train_convs=train_convs) if frozen != 3 else \
+            model.Net("tiny", 4)
+        features = net.frozen(torch.zeros(1, 3, 96, 96))
+        assert not features.requires_grad
+        net.train()
+        net.scores(features).sum().backward()
+        assert [p.grad is not None for p in net.trunk.parameters()] == [p.requires_grad for p in net.trunk.parameters()]
+        assert torch.equal(net.frozen(torch.ones(1, 3, 96, 96)), net.frozen(torch.ones(1, 3, 96, 96)))   # no dropout
+
+
+# ---------------------------------------------------------------- scorer: VOC's rules (voc-conventions, worked vectors)
+
+TRUTH_A, GUESS_A = np.array([[0, 0, 1], [0, 1, 255]], np.uint8), np.array([[0, 1, 1], [0, 1, 0]], np.uint8)
+TRUTH_B, GUESS_B = np.array([[0, 2, 2, 0]], np.uint8), np.array([[0, 2, 2, 2]], np.uint8)
+
+
+def test_scorer_worked_vector():
+    matrices = [eval_voc.confusion(TRUTH_A, GUESS_A, 4), eval_voc.confusion(TRUTH_B, GUESS_B, 4)]
+    total = sum(matrices)
+    assert total.dtype == np.int64
+    assert total.tolist() == [[3, 1, 1, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
+    report = eval_voc.summarise(total, list("abcd"), 2)
+    assert report["iou"] == {"a": pytest.approx(60), "b": pytest.approx(200 / 3), "c": pytest.approx(200 / 3), "d": None}
+    assert report["mean_iou"] is None and report["classes_defined"] == 3
+    assert report["mean_iou_defined"] == pytest.approx(64.44, abs=0.01)
+    assert report["mean_accuracy"] == pytest.approx(100 * (3 / 5 + 1 + 1) / 3)
+    void = [eval_voc.confusion(np.where(t == 255, 0, t), g, 4) for t, g in ((TRUTH_A, GUESS_A), (TRUTH_B, GUESS_B))]
+    values = list(eval_voc.variants(matrices, void).values())
+    assert values == pytest.approx([62.50, 48.33, 64.44, 66.67], abs=0.01)
+    changed = matrices[0] + eval_voc.confusion(TRUTH_B, np.array([[3, 2, 2, 2]], np.uint8), 4)
+    assert eval_voc.measures(changed)[0] == pytest.approx([40, 200 / 3, 200 / 3, 0])
+    report = eval_voc.summarise(changed, list("abcd"), 2)
+    assert report["mean_iou"] == pytest.approx(43.33, abs=0.01)
+    assert list(eval_voc.variants([changed], [changed]).values())[2] == pytest.approx(57.78, abs=0.01)
+
+
+def test_scorer_refuses_what_the_devkit_refuses():
+    with pytest.raises(InputError, match="255 is not allowed"):
+        eval_voc.confusion(TRUTH_A, np.array([[0, 1, 1], [0, 1, 255]], np.uint8), 4)      # under void too
+    with pytest.raises(InputError, match="nothing is resized"):
+        eval_voc.confusion(TRUTH_A, GUESS_A.T, 4)
+    with pytest.raises(InputError, match="index 7"):
+        eval_voc.confusion(np.full((2, 2), 7, np.uint8), np.zeros((2, 2), np.uint8), 4)
+
+
+def test_palette_is_the_devkits():
+    first = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128),
+             (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128),
+             (192, 128, 128), (0, 64, 0), (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128)]
+    assert [tuple(c) for c in data.voc_palette()[:21].tolist()] == first
+    assert tuple(data.voc_palette()[255]) == (224, 224, 192)
+
+
+def test_scorer_reads_index_images_only(tmp_path):
+    labels = np.arange(21, dtype=np.uint8).repeat(21).reshape(21, 21)
+    path = tmp_path / "x.png"
+    data.save_labels(path, labels)
+    assert (data.read_labels(path) == labels).all() and Image.open(path).mode == "P"
+    assert len(Image.open(path).getpalette()) == 768
+    Image.fromarray(labels).save(path)                                                    # plain grey indices are fine
+    assert (data.read_labels(path) == labels).all()
+    picture = Image.fromarray(data.voc_palette()[labels])
+    for broken in (picture, picture.convert("P", palette=Image.Palette.ADAPTIVE), Image.fromarray(labels.astype(np.uint16))):
+        broken.save(path)
+        with pytest.raises(InputError, match="x.png"):
+            data.read_labels(path)
+    picture.convert("L").save(path)                                                       # person 15 becomes 147
+    with pytest.raises(InputError, match="index"):
+        eval_voc.confusion(labels, data.read_labels(path), 21)
+
+
+def make_voc(root, masks, name="val", images=True):
+    """A small devkit: {id: mask (H, W)} as one set."""
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(masks))            # no newline at the end
+    (root / f"ImageSets/Main/{name}.txt").write_text("\n".join(masks))
+    for k, label in enumerate(data.VOC_CLASSES[1:], 1):
+        lines = (f"{i} {1 if (m == k).any() else -1:2}" for i, m in masks.items())
+        (root / f"ImageSets/Main/{label}_{name}.txt").write_text("\n".join(lines) + "\n")
+    for n, (i, mask) in enumerate(masks.items()):
+        data.save_labels(root / f"SegmentationClass/{i}.png", mask)
+        if images:
+            Image.fromarray(random_image(n, *mask.shape)).save(root / f"JPEGImages/{i}.jpg")
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Four images in both orientations; all 21 classes occur."""
+    rng, masks = np.random.default_rng(0), {}
+    for n, size in enumerate([(60, 80), (80, 60), (64, 64), (50, 90)]):
+        masks[f"2007_00{n}"] = np.kron(rng.integers(0, 21, (5, 10)), np.ones((20, 20), int))[:size[0], :size[1]].astype(np.uint8)
+        masks[f"2007_00{n}"][:3] = 255
+    return make_voc(tmp_path / "VOC2012", masks)
+
+
+def test_scorer_perfect_and_json(voc, tmp_path):
+    truth = tmp_path / "pred"
+    for path in (voc / "SegmentationClass").glob("*.png"):
+        labels = data.read_labels(path)
+        data.save_labels(truth / path.name, np.where(labels == 255, 0, labels))
+    status, err, out = call("eval_voc", "score", truth, "--voc", voc, "--set", "val", "--json", tmp_path / "s.json", "--variants")
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert status == 0 and "NOT VOC" in out and report["images"] == 4
+    assert all(v in (None, 100) for v in report["iou"].values())
+    assert list(report["iou"]) == data.VOC_CLASSES
+
+
+def test_scorer_lists_all_problems_at_once(voc, tmp_path):
+    pred = tmp_path / "pred"
+    status, err, _ = call("eval_voc", "score", pred, "--voc", voc)
+    refused(status, err, "4 of 4 label files are missing", "2007_000")
+    for n in range(4):
+        data.save_labels(pred / f"2007_00{n}.png", data.read_labels(voc / f"SegmentationClass/2007_00{n}.png") % 255)
+    data.save_labels(pred / "2007_001.png", np.zeros((60, 80)))                           # wrong size
+    data.save_labels(pred / "2007_002.png", np.full((64, 64), 255))
+    (pred / "2007_003.png").write_bytes(b"not a png")
+    status, err, _ = call("eval_voc", "score", pred, "--voc", voc, "--json", tmp_path / "s.json")
+    refused(status, err, "3 of 4", "2007_001.png", "2007_002.png", "2007_003.png")
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_submission_archive(voc, tmp_path):
+    pred, out = tmp_path / "pred", tmp_path / "r.tgz"
+    make_voc(voc, {f"2012_{n}": np.zeros((40 + n, 50), np.uint8) for n in range(3)}, "test")
+    for n in range(3):
+        data.save_labels(pred / f"2012_{n}.png", np.full((40 + n, 50), n))
+    status, err, text = call("eval_voc", "submit", pred, "--voc", voc, "--set", "test", "--out", out)
+    assert status == 0 and out.read_bytes()[:2] == b"\x1f\x8b"
+    with tarfile.open(out) as tar:
+        assert tar.getnames() == [f"results/VOC2012/Segmentation/comp6_test_cls/2012_{n}.png" for n in range(3)]
+        for n, member in enumerate(tar):
+            image = Image.open(tar.extractfile(member))
+            assert image.mode == "P" and (np.asarray(image) == n).all()
+    out.unlink()
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(pred / "2012_0.png")
+    data.save_labels(pred / "2012_1.png", np.zeros((50, 41)))
+    data.save_labels(pred / "2012_2.png", np.full((42, 50), 21))
+    status, err, _ = call("eval_voc", "submit", pred, "--voc", voc, "--set", "test", "--out", out)
+    refused(status, err, "3 of 3", "2012_0.png: grey", "41x50", "index 21")
+    assert not out.exists()
