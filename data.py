@@ -9,6 +9,7 @@
 Letters in shape comments: N images, B batch, K classes, H W pixels.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import math
@@ -51,9 +52,8 @@ def run_cli(main):
     try:
         sys.exit(main())
     except (InputError, OSError) as e:
-        sys.exit((print(f"{Path(sys.argv[0]).name}: {e}".replace("\n", " "), file=sys.stderr), 2)[1])
-    except KeyboardInterrupt:
-        sys.exit(130)
+        print(f"{Path(sys.argv[0]).name}: {e}".replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
 
 
 def progress(items, what, total=None):
@@ -84,16 +84,24 @@ def write_atomically(path, write):
         raise
 
 
+@contextlib.contextmanager
+def opened(path):
+    """PIL.Image.open whose many complaints, while opening or decoding, come as one InputError that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path}: cannot read this image ({str(e).replace(str(path), 'it') or type(e).__name__})") from e
+
+
 # ---------------------------------------------------------------- masks and the palette
 
 def voc_palette():
     """The devkit's colours, (256, 3) uint8: bits of the index, three at a time, fill R, G, B from the highest bit."""
-    index, colours = np.arange(256), np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (((index >> channel) & 1) << (7 - bit)).astype(np.uint8)
-        index = index >> 3
-    return colours
+    bits = np.arange(256)[:, None] >> np.arange(9) & 1                                     # lowest first
+    return (bits.reshape(256, 3, 3) * [[128], [64], [32]]).sum(1).astype(np.uint8)
 
 
 def read_labels(path):
@@ -101,18 +109,14 @@ def read_labels(path):
 
     Raises InputError for RGB, 16-bit, re-coloured palettes and unreadable files.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise InputError(f"{path}: mode {image.mode}, but labels are palette or grey indices; save class indices")
-            labels = np.asarray(image)
-            palette = np.array(image.getpalette() if image.mode == "P" else [], np.uint8).reshape(-1, 3)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise e if isinstance(e, InputError) else InputError(f"{path}: cannot read this image ({type(e).__name__})") from e
-    for k in np.unique(labels) if len(palette) else ():
-        if k >= len(palette) or tuple(palette[k]) != tuple(voc_palette()[k]):
-            raise InputError(f"{path}: index {k} does not have VOC's colour; an adaptive palette has renumbered "
-                             "the classes, save with the VOC palette")
+    with opened(path) as image:
+        if image.mode not in ("P", "L"):
+            raise InputError(f"{path}: mode {image.mode}, but labels are palette or grey indices; save class indices")
+        labels = np.asarray(image)
+        palette = np.array(image.getpalette() if image.mode == "P" else voc_palette(), np.uint8).reshape(-1, 3)
+    used = np.flatnonzero(np.bincount(labels.ravel()))
+    if used[-1] >= len(palette) or (palette[used] != voc_palette()[used]).any():
+        raise InputError(f"{path}: its colours are not VOC's; an adaptive palette has renumbered the classes, save with VOC's")
     return labels
 
 
@@ -131,34 +135,17 @@ def load_image(path, near=None):
     near: a side in pixels that is enough; JPEGs are then decoded at a reduced size that is no smaller (faster).
     Raises InputError naming the file if it is not a whole image.
     """
-    try:
-        with Image.open(path) as image:
-            if near:
-                image.draft("RGB", (near, near))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":            # 16-bit and float: scale to 8
-                values = np.asarray(image, np.float64)
-                image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: cannot read this image ({str(e) or type(e).__name__})") from e
-
-
-def fit(image, size, crop=None):
-    """Resize (H, W, 3) uint8 to (size, size, 3): squashed, or with crop in 0..1 a square cut at that place.
-
-    The cut has the short side's length (section 4.1 raises it to 400 first) and slides along the long side.
-    """
-    height, width = image.shape[:2]
-    box = None
-    if crop is not None:
-        short = min(height, width)
-        x, y = (width - short) * crop, (height - short) * crop
-        box = (x, y, x + short, y + short)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.BILINEAR, box))
+    with opened(path) as image:
+        if near:
+            image.draft("RGB", (near, near))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":                # 16-bit and float: scale to 8
+            values = np.asarray(image, np.float64)
+            image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
 
 
 @dataclasses.dataclass
@@ -185,13 +172,43 @@ class Photos:
                 image = path if isinstance(path, np.ndarray) else load_image(path, near=self.size)
             except InputError:
                 continue
-            image = fit(image, self.size, place if self.cut else None)
-            return torch.from_numpy(image.copy()).permute(2, 0, 1), j % len(self)
+            (height, width), short = image.shape[:2], min(image.shape[:2])
+            x, y = (width - short) * place, (height - short) * place           # a square with the short side, slid along
+            image = Image.fromarray(image).resize((self.size, self.size), Image.BILINEAR,
+                                                  (x, y, x + short, y + short) if self.cut else None)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1), j % len(self)
         raise InputError(f"{self.paths[0]}: none of {len(self)} images can be read")
 
     def take(self, keep):
         """The photographs at these indices, in this order."""
         return dataclasses.replace(self, paths=[self.paths[i] for i in keep], tags=self.tags[torch.as_tensor(keep)])
+
+
+class Masked(Photos):
+    """Photos that come with a label PNG each: for supervision per pixel only, and the one way from training to a mask."""
+
+    @classmethod
+    def of(cls, photos, folder):
+        """Keep the photos with a mask <stem>.png in the folder, and those tagged background (background everywhere)."""
+        files = [Path(folder, f"{Path(p).stem}.png") for p in photos.paths]
+        keep = [i for i, f in enumerate(files) if f.is_file() or photos.tags[i, 0] > 0]
+        if not any(files[i].is_file() for i in keep):
+            raise InputError(f"{folder}: no <image name>.png for any of the {len(photos)} training images")
+        kept = photos.take(keep)
+        masked = cls(kept.paths, kept.tags, kept.classes, kept.size)
+        masked.files = [files[i] if files[i].is_file() else None for i in keep]
+        return masked
+
+    def labels(self, i):
+        """Labels (size, size) uint8 of photo i, squashed as the photo is (nearest)."""
+        if self.files[i] is None:
+            return torch.zeros(self.size, self.size, dtype=torch.uint8)
+        image = Image.fromarray(read_labels(self.files[i]))
+        return torch.from_numpy(np.array(image.resize((self.size, self.size), Image.NEAREST)))
+
+    def __getitem__(self, key):
+        image, i = super().__getitem__(key)
+        return image, i, self.labels(i)
 
 
 def one_hot(tags, classes):
@@ -209,36 +226,29 @@ def join(a, b):
 
 # ---------------------------------------------------------------- VOC
 
-def safe_name(name, where):
-    """A file stem from a list, refused where it would leave its folder."""
-    if not name or name in (".", "..") or set(name) & set('/\\:\0'):
-        raise InputError(f"{where}: '{name}' is not a plain file name")
-    return name
-
-
-def read_ids(path):
-    """Image ids of a list in any usual form: bare ids, image and mask paths, or SBD paths; the stem counts.
-
-    Raises InputError if the list is missing, empty or not text.
-    """
+def read_lines(path, what):
+    """Non-empty lines of a text file. Raises InputError that says what was expected."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not a text file; expected one image id a line") from e
-    except OSError as e:
-        raise InputError(f"{path}: cannot read this list ({e.strerror}); is --voc a devkit's VOC2012 folder?") from e
-    ids = [safe_name(Path(line.split()[0]).stem, path) for line in lines if line.strip()]
-    if not ids:
-        raise InputError(f"{path}: an empty list; expected one image id a line")
-    if len(set(ids)) != len(ids):
-        raise InputError(f"{path}: '{next(i for n, i in enumerate(ids) if i in ids[:n])}' is listed twice")
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot read this file ({getattr(e, 'strerror', 'not text')}); expected {what}") from e
+
+
+def voc_ids(voc, name, kinds=("Segmentation", "Main")):
+    """Ids of a set: of ImageSets/<kind>/<name>.txt, the first kind that exists.
+
+    Lists in any usual form: bare ids, image and mask paths, or SBD paths; the stem counts. Raises InputError.
+    """
+    if Path(name).name != name:
+        raise InputError(f"--set {name}: not the name of a list in {voc}/ImageSets")
+    lists = [Path(voc, "ImageSets", kind, f"{name}.txt") for kind in kinds]
+    path = next((p for p in lists if p.exists()), lists[0])
+    ids = [Path(line.split()[0]).stem for line in read_lines(path, "one image id a line, in a devkit's VOC2012 folder")]
+    bad = [i for i in ids if not i.strip(".") or set(i) & set("\\:\0")]
+    if not ids or bad or len(set(ids)) < len(ids):
+        raise InputError(f"{path}: {'no ids' if not ids else f'bad id {bad[0]!r}' if bad else 'an id is listed twice'}; "
+                         "expected different image ids, one a line")
     return ids
-
-
-def voc_ids(voc, name):
-    """Ids of a set: ImageSets/Segmentation/<name>.txt where it exists, else ImageSets/Main/<name>.txt."""
-    lists = [Path(voc, "ImageSets", kind, f"{safe_name(name, '--set')}.txt") for kind in ("Segmentation", "Main")]
-    return read_ids(next((p for p in lists if p.exists()), lists[0]))
 
 
 def voc_tags(voc, name):
@@ -246,15 +256,12 @@ def voc_tags(voc, name):
     tags = {}
     for k, label in enumerate(VOC_CLASSES[1:], 1):
         path = Path(voc, "ImageSets", "Main", f"{label}_{name}.txt")
-        if not path.exists():
-            return {}
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-            parts = line.split()
-            if parts and (len(parts) != 2 or parts[1] not in ("1", "-1", "0")):
-                raise InputError(f"{path}:{number}: '{line.strip()[:40]}'; expected an id and 1, -1 or 0")
-            if parts:
-                present, difficult = tags.setdefault(parts[0], (set(), set()))
-                {"1": present, "0": difficult, "-1": set()}[parts[1]].add(k)
+        for line in read_lines(path, "an id and 1, -1 or 0 a line") if path.exists() else ():
+            i, flag = (line.split() + [""])[:2]
+            if flag not in ("1", "-1", "0"):
+                raise InputError(f"{path}: '{line[:40]}'; expected an id and 1, -1 or 0")
+            present, difficult = tags.setdefault(i, (set(), set()))
+            {"1": present, "0": difficult, "-1": set()}[flag].add(k)
     return tags
 
 
@@ -276,9 +283,7 @@ def voc_photos(voc, name):
 
     A class present only as difficult objects counts as present. An image with no class is tagged background.
     """
-    listed = voc_tags(voc, name)
-    path = Path(voc, "ImageSets", "Main", f"{name}.txt")
-    ids = read_ids(path) if listed and path.exists() else voc_ids(voc, name)
+    listed, ids = voc_tags(voc, name), voc_ids(voc, name, ("Main", "Segmentation"))
     pairs = [listed.get(i) or xml_tags(Path(voc, "Annotations", f"{i}.xml")) for i in ids]
     images = [Path(voc, "JPEGImages", f"{i}.jpg") for i in ids]
     return Photos(images, one_hot([a | b or {0} for a, b in pairs], VOC_CLASSES), VOC_CLASSES)
@@ -398,7 +403,7 @@ def imagenet_photos(folder, synsets=""):
 
 # ---------------------------------------------------------------- the toy set
 
-TOY_CLASSES = ["background", "stripes", "checker", "dots", "grid"]
+TOY_CLASSES = ["background", "stripes", "checker", "zigzag", "grid"]
 
 
 def _toy_texture(kind, u, v, period):
@@ -406,7 +411,7 @@ def _toy_texture(kind, u, v, period):
     wave = 2 * np.pi / period
     return {"stripes": np.sin(wave * u) > 0,
             "checker": (np.sin(wave * u / 1.3) > 0) ^ (np.sin(wave * v / 1.3) > 0),
-            "dots": np.cos(wave * u) + np.cos(wave * v) > 0.7,
+            "zigzag": np.sin(wave * (u + abs(v % (1.6 * period) - 0.8 * period))) > 0,
             "grid": np.maximum(np.cos(wave * u / 1.2), np.cos(wave * v / 1.2)) > 0.75}[kind]
 
 
@@ -414,7 +419,7 @@ def _toy_shape(kind, u, v):
     """Outline (H, W) bool in coordinates where the object's radius is 1."""
     return {"stripes": u ** 2 + (v / 0.7) ** 2 < 1,                                        # ellipse
             "checker": np.maximum(abs(u), abs(v)) < 0.8,                                   # square
-            "dots": (v > -0.6) & (v < 0.95 - 1.7 * abs(u)),                                # triangle
+            "zigzag": (v > -0.6) & (v < 0.95 - 1.7 * abs(u)),                                # triangle
             "grid": np.minimum(abs(u), abs(v)) < 0.5 * (np.hypot(u, v) < 1)}[kind]       # cross
 
 
@@ -430,7 +435,7 @@ def toy_scene(rng, size, kinds, distractors):
     image, labels = first + (second - first) * tone, np.zeros((size, size), np.uint8)
     y, x = np.mgrid[:size, :size].astype(float)
     for kind in rng.permutation(list(kinds) + [""] * distractors):
-        radius, angle = rng.uniform(17, 28), rng.uniform(0, 2 * np.pi)
+        radius, angle = rng.uniform(20, 32), rng.uniform(0, 2 * np.pi)
         for _ in range(20):                                                                # mostly free of the others
             cx, cy = rng.uniform(radius * 0.8, size - radius * 0.8, 2)
             u, v = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle), (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
@@ -438,7 +443,7 @@ def toy_scene(rng, size, kinds, distractors):
             if (labels[inside] > 0).mean() < 0.1:
                 break
         if kind:
-            pattern = _toy_texture(kind, u, v, rng.uniform(6, 9))
+            pattern = _toy_texture(kind, u, v, rng.uniform(5, 8))
         else:                                                                              # plain, or noise
             pattern = rng.random((size, size)) < rng.choice([0, 0.5])
         dark = rng.uniform(0, 255, 3)
@@ -465,26 +470,27 @@ def toy_scenes(seed, n, size=144):
 
 # ---------------------------------------------------------------- augmentation, on the batch and its device
 
-def augment(images, generator, flip=0.5, rotate=10.0, scale=0.2, brightness=0.2, contrast=0.2):
+def augment(images, random, labels=None, flip=0.5, rotate=10.0, scale=0.2, brightness=0.2, contrast=0.2):
     """Section 4.1's jitter, drawn afresh for every image: flip, rotation, scale, shift, brightness, contrast.
 
-    images (B, 3, H, W) uint8 or float in 0..255, on any device -> float, same shape. generator: a CPU one.
+    images (B, 3, H, W) uint8 or float in 0..255, on any device; labels (B, H, W) uint8 or None move along, void where
+    nothing is. random (7, B): uniform in 0..1, what is drawn. Returns float images and the labels, same shapes.
     flip: chance; rotate: degrees; scale, brightness, contrast: largest relative change (ranges: the paper gives none).
     """
-    def draw(low, high):
-        return low + (high - low) * torch.rand(len(images), generator=generator)
-    sign, angle = torch.where(draw(0, 1) < flip, -1.0, 1.0), draw(-rotate, rotate) * math.pi / 180
-    zoom, light, gain = torch.exp(draw(-scale, scale)), draw(-brightness, brightness), 1 + draw(-contrast, contrast)
-    shift = torch.stack([draw(-1, 1), draw(-1, 1)], 1) * (1 - 1 / zoom.clamp(min=1))[:, None]
+    spread = iter(random.to(images.device, non_blocking=True) * 2 - 1)                    # each (B,), in -1..1
+    sign, angle, zoom = torch.where(next(spread) < 2 * flip - 1, -1.0, 1.0), next(spread) * rotate * math.pi / 180, \
+        torch.exp(next(spread) * scale)
+    light, gain = (x.view(-1, 1, 1, 1) for x in (next(spread) * brightness * 255, 1 + next(spread) * contrast))
+    shift = torch.stack([next(spread), next(spread)], 1) * (1 - 1 / zoom.clamp(min=1))[:, None]
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     theta = torch.stack([torch.stack([cos * sign, -sin], 1), torch.stack([sin * sign, cos], 1)], 1)       # (B, 2, 2)
-    theta = torch.cat([theta, shift[:, :, None]], 2).to(images.device, non_blocking=True)
-    light, gain = (t.view(-1, 1, 1, 1).to(images.device, non_blocking=True) for t in (light * 255, gain))
-    images = images.float()
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    grid = F.affine_grid(torch.cat([theta, shift[:, :, None]], 2), list(images.shape), align_corners=False)
+    images = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    if labels is not None:
+        moved = F.grid_sample(labels[:, None].float() - VOID, grid, mode="nearest", align_corners=False)
+        labels = (moved[:, 0] + VOID).to(torch.uint8)
     mean = images.mean((1, 2, 3), keepdim=True)
-    return ((images - mean) * gain + mean + light).clamp(0, 255)
+    return ((images - mean) * gain + mean + light).clamp(0, 255), labels
 
 
 def main():

@@ -157,7 +157,7 @@ def ladder(net, samples, classes, dense=1):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict."""
     matrices, images = {}, 0
     for name, image, truth in samples:
-        for row, labels in infer.rungs(net, image, dense):
+        for row, labels in infer.rungs(net, infer.Scene(image), dense):
             try:
                 matrices[row] = matrices.get(row, 0) + confusion(truth, labels.astype(np.uint8), len(classes))
             except InputError as e:

@@ -6,15 +6,22 @@
 
 No true label is read here. Letters in shape comments: K classes, H W pixels, h w cells.
 """
+import functools
+import gzip
+import heapq
 import math
 import pickle
-import sys
+import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 import data
 from data import InputError
@@ -84,17 +91,490 @@ def ilp(p, q, background=False):
     return p * q[:, None, None]
 
 
-PRIORS = {"none": lambda p, image: p.argmax(0)}          # name: f(p (K, H, W), image (H, W, 3) uint8) -> labels (H, W)
+# ---------------------------------------------------------------- superpixels
+
+def _grid_edges(planes):
+    """Costs of the four kinds of 8-neighbour edges of `planes` (C, H, W): Euclidean colour distance.
+
+    Returns [(cost, p, q)] in the fixed edge order right, down, down-right, up-right; cost is (H, W-1), (H-1, W),
+    (H-1, W-1), (H-1, W-1), and p, q are the slices that pick an edge's two ends from an (H, W) array.
+    """
+    a, head, tail = slice(None), slice(None, -1), slice(1, None)
+    ends = [((a, head), (a, tail)), ((head, a), (tail, a)), ((head, head), (tail, tail)), ((tail, head), (head, tail))]
+    edges = []
+    for p, q in ends:
+        d = planes[(a,) + q] - planes[(a,) + p]
+        d *= d
+        edges.append((np.sqrt(sum(d[1:], start=d[0])), p, q))
+    return edges
 
 
-def rungs(net, image, dense=1):
-    """Yield (row of the ladder, labels (H, W)) for one image; the network runs once."""
-    p, q = predict(net, image, dense)
+def _not_heaviest(right, down, diag, anti):
+    """Masks of the edges that are not the heaviest of a triangle of pixels (ties: the later edge counts as heavier).
+
+    Such a heaviest edge is never the lightest one leaving a set of pixels, so `superpixels` need not look at it.
+    """
+    keep = [np.ones(c.shape, bool) for c in (right, down, diag, anti)]
+    head, tail, every = slice(None, -1), slice(1, None), slice(None)
+    triangles = (diag, 2, head, tail), (diag, 2, tail, head), (anti, 3, head, head), (anti, 3, tail, tail)
+    for s, slope, row, col in triangles:
+        h, v = right[row], down[:, col]                                     # (H-1, W-1): a diagonal's two legs
+        keep[0][row] &= (h <= v) | (h <= s)
+        keep[1][every, col] &= (v < h) | (v <= s)
+        keep[slope] &= (s < h) | (s < v)
+    return keep
+
+
+def _unique_pairs(n, a, b, w):
+    """Indices of edges (a, b, w) between n nodes, leaving out edges that repeat a pair at no less weight.
+
+    A hash table of one slot per residue holds each slot's lightest edge; an edge goes only if that one joins the same
+    two nodes, so a clash of different pairs costs speed, not correctness.
+    """
+    key = np.minimum(a, b).astype(np.int64) * n + np.maximum(a, b)
+    slot = key % 1048573                                                    # a prime below 2**20
+    low = np.full(1048573, np.inf)
+    np.minimum.at(low, slot, w)
+    best, i = np.empty(1048573, np.int64), np.flatnonzero(w == low[slot])[::-1]
+    best[slot[i]] = i                                                       # the first of equals is written last
+    best = best[slot]
+    return np.flatnonzero((best == np.arange(len(key))) | (key[best] != key))
+
+
+def _roots(parent):
+    """Union-find parents (list of n) -> root of every node, (n,) int32."""
+    parent = np.array(parent, np.int32)
+    while (parent != parent[parent]).any():
+        parent = parent[parent]
+    return parent
+
+
+def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
+    """Felzenszwalb & Huttenlocher's graph-based segmentation (IJCV 2004) of an 8-connected pixel grid.
+
+    image: (H, W, 3) uint8, or floats in [0, 1]; scale: their k (in units of 255 grey levels, larger = larger segments);
+    sigma: pixels of Gaussian smoothing; min_size: pixels. Returns (H, W) int32 labels 0..n-1 in raster order of each
+    segment's first pixel. Same edges, costs and post-processing as skimage.segmentation.felzenszwalb; equal
+    costs are taken in the order of `_grid_edges` (raster order inside), where skimage leaves ties to its sort.
+
+    The sequential algorithm visits edges by rising cost w and joins A and B if w < Int(A) + k/|A| and < Int(B) + k/|B|.
+    Three shortcuts that leave its result unchanged:
+    - If one edge is the lightest leaving A and also the lightest leaving B, nothing can happen to A or B before its
+      turn, so it can be decided now; `rounds` passes decide all such edges of the image at once.
+    - Of several edges between A and B only the lightest matters: it joins them, or one of the two is too tight for
+      this and hence for every later edge.
+    - The few edges left are visited one by one.
+    Raises ValueError for an image that is not (H, W, 3) with H, W >= 2.
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or min(image.shape[:2]) < 2:
+        raise ValueError(f"image must be (H, W, 3) with H, W >= 2, got {image.shape}")
+    H, W, k = *image.shape[:2], scale / 255
+    planes = np.moveaxis(image / 255.0 if image.dtype == np.uint8 else image.astype(float), 2, 0)
+    planes = np.stack([ndimage.gaussian_filter(p, sigma) for p in planes])  # (3, H, W)
+    edges = _grid_edges(planes)
+
+    # Bulk: rounds of mutually lightest edges.
+    n = H * W
+    labels = np.arange(n).reshape(H, W)
+    size, inner = np.ones(n), np.zeros(n)                                   # |C| and Int(C)
+    keep = _not_heaviest(*[c for c, _, _ in edges])
+    a, b, w = (np.concatenate(x) for x in zip(*[(labels[p][m], labels[q][m], c[m])
+                                                for (c, p, q), m in zip(edges, keep)]))
+    for _ in range(rounds):
+        low = np.full(n, np.inf)
+        np.minimum.at(low, a, w)
+        np.minimum.at(low, b, w)
+        at_a, at_b, first = w == low[a], w == low[b], np.full((2, n), len(w))
+        for f, x, at in ((first[0], a, at_a), (first[1], b, at_b)):
+            i = np.flatnonzero(at)[::-1]
+            f[x[i]] = i                                                     # the first of equals is written last
+        first, e = first.min(0), np.flatnonzero(at_a & at_b)                # lightest edge of a node; candidates
+        i, j, limit = a[e], b[e], inner + k / size
+        join = (first[i] == e) & (first[j] == e) & (w[e] < limit[i]) & (w[e] < limit[j])
+        e, i, j = e[join], i[join], j[join]
+        root, inner[i] = np.ones(n, bool), w[e]
+        size[i] += size[j]
+        root[j] = False
+        new = np.cumsum(root) - 1
+        new[j] = new[i]
+        labels, size, inner, n = new[labels], size[root], inner[root], n - len(j)
+        a, b = new[a], new[b]
+        live = np.flatnonzero(a != b)
+        a, b, w = a[live], b[live], w[live]
+
+    # The rest, one by one.
+    a, b, w = (np.concatenate(x) for x in zip(*[(labels[p][m], labels[q][m], c[m]) for c, p, q in edges
+                                                for m in [labels[p] != labels[q]]]))
+    keep = _unique_pairs(n, a, b, w)
+    keep = keep[np.argsort(w[keep], kind="stable")]
+    a, b, w = a[keep], b[keep], w[keep]
+    parent, limit, count = list(range(n)), (inner + k / size).tolist(), size.tolist()
+    for i, j, cost in zip(a.tolist(), b.tolist(), w.tolist()):
+        while i != parent[i]:
+            parent[i] = i = parent[parent[i]]
+        while j != parent[j]:
+            parent[j] = j = parent[parent[j]]
+        if i != j and cost < limit[i] and cost < limit[j]:
+            if count[i] < count[j]:
+                i, j = j, i
+            parent[j] = i
+            count[i] += count[j]
+            limit[i] = cost + k / count[i]
+    parent = _roots(parent)
+    # Segments below min_size join the neighbour across their lightest edge.
+    a, b = parent[a], parent[b]
+    live = a != b
+    a, b = a[live], b[live]
+    keep = _unique_pairs(n, a, b, np.arange(len(a)))
+    tree = parent.tolist()
+    for i, j in zip(a[keep].tolist(), b[keep].tolist()):
+        while i != tree[i]:
+            tree[i] = i = tree[tree[i]]
+        while j != tree[j]:
+            tree[j] = j = tree[tree[j]]
+        if i != j and (count[i] < min_size or count[j] < min_size):
+            tree[j] = i
+            count[i] += count[j]
+    labels = _roots(tree)[labels].ravel()
+    first, rank = np.full(n, H * W), np.empty(n, np.int32)
+    first[labels[::-1]] = np.arange(H * W)[::-1]                            # a segment's first pixel
+    rank[np.argsort(first)] = np.arange(n)
+    return rank[labels].reshape(H, W)
+
+
+# ---------------------------------------------------------------- proposals: segments from a hierarchy, BING's boxes, MCG's file
+
+def colour_texture(image, sigma=1.0):
+    """Per-pixel description (H, W, 6) of an RGB uint8 image: brightness, red-green and yellow-blue (each 0..1 wide, Gaussian
+    smoothing of sigma pixels), and the mean gradient size of each in a 4-pixel neighbourhood (texture)."""
+    r, g, b = (ndimage.gaussian_filter(c, sigma) for c in np.moveaxis(image / np.float32(255), 2, 0))
+    planes = [(r + g + b) / 3, (r - g) / 2, (r + g) / 4 - b / 2]
+    rough = [ndimage.gaussian_filter(np.abs(dx) + np.abs(dy), 4) for dy, dx in map(np.gradient, planes)]
+    return np.stack(planes + rough, -1)
+
+
+def adjacency(labels, strength):
+    """Neighbouring superpixels of labels (H, W): pairs (M, 2) with i < j, common boundary lengths (M,) in pixel edges
+    (4-neighbours), and the mean of strength (H, W) along each boundary (M,)."""
+    n, sums = int(labels.max()) + 1, []
+    for p, q in (((slice(None), slice(None, -1)), (slice(None), slice(1, None))), (slice(None, -1), slice(1, None))):
+        a, b, s = labels[p], labels[q], (strength[p] + strength[q]) / 2
+        cut = a != b
+        sums.append((np.minimum(a, b)[cut].astype(np.int64) * n + np.maximum(a, b)[cut], s[cut]))
+    key, s = (np.concatenate(x) for x in zip(*sums))
+    key, which, length = np.unique(key, return_inverse=True, return_counts=True)
+    return np.stack([key // n, key % n], 1), length, np.bincount(which, s, len(key)) / length
+
+
+def hierarchy(labels, image, texture=2.0, edge=4.0, balance=1.0, least=0.002):
+    """Candidate segments by merging superpixels, weakest boundary first; nothing is trained.
+
+    labels: (H, W) int 0..S-1; image: (H, W, 3) uint8. Returns segments (N, S) bool, one row per candidate: the superpixels in
+    it, and scores (N,) in [0, 1], best first.
+
+    Two neighbours differ by d = |colour| + texture * |texture| + edge * mean boundary gradient, and the pair with the lowest
+    d * (smaller size / mean size)^balance merges; the new segment takes size-weighted means and boundaries add up. A candidate
+    with mean difference `out` across its outer boundary, and `inner` at the merge that made it, scores
+    out / (out + inner) * (share of its outline that lies inside the picture). Segments under `least` of the picture are left out.
+    """
+    H, W = labels.shape
+    what = colour_texture(image) * np.float32([1, 1, 1, texture, texture, texture])          # (H, W, 6)
+    S, flat = int(labels.max()) + 1, labels.ravel()
+    size = np.bincount(flat, minlength=S)
+    mean = np.stack([np.bincount(flat, c, S) for c in what.reshape(-1, 6).T], 1) / size[:, None]
+    grad = np.sqrt(sum(ndimage.gaussian_gradient_magnitude(what[..., c], 1.5) ** 2 for c in range(3)))
+    pairs, length, strength = adjacency(labels, grad)
+    rim = np.bincount(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]), minlength=S)
+
+    members = [1 << i for i in range(S)]                                    # a bit per superpixel
+    size, mean, rim, inner = size.tolist(), list(mean), rim.tolist(), [0.0] * S
+    near = [{} for _ in range(S)]                                           # near[i][j] = [length, summed gradient]
+    for (i, j), n, s in zip(pairs.tolist(), length.tolist(), (length * strength).tolist()):
+        near[i][j] = near[j][i] = (n, s)
+
+    def differ(i, j):
+        d, (n, s) = mean[i] - mean[j], near[i][j]
+        return math.sqrt(d[:3] @ d[:3]) + math.sqrt(d[3:] @ d[3:]) + edge * s / n
+
+    unit = H * W / S
+    push = lambda i, j: heapq.heappush(heap, (differ(i, j) * (min(size[i], size[j]) / unit) ** balance, i, j))
+    heap, out = [], []
+    for i, j in pairs.tolist():
+        push(i, j)
+
+    def finish(i):                                                          # its surroundings at the time it is merged away
+        n = sum(x for x, _ in near[i].values())
+        out.append((i, sum(near[i][j][0] * differ(i, j) for j in near[i]) / max(n, 1), n / max(n + rim[i], 1)))
+    while heap:
+        _, i, j = heapq.heappop(heap)
+        if near[i] is None or near[j] is None:
+            continue
+        finish(i), finish(j)
+        new = len(near)
+        members.append(members[i] | members[j]), size.append(size[i] + size[j]), rim.append(rim[i] + rim[j])
+        mean.append((size[i] * mean[i] + size[j] * mean[j]) / size[new]), inner.append(differ(i, j)), near.append({})
+        for old in (i, j):
+            for k, (n, s) in near[old].items():
+                if k != i and k != j:
+                    m, t = near[new].get(k, (0, 0.0))
+                    near[new][k] = near[k][new] = (n + m, s + t)
+                    del near[k][old]
+            near[old] = None
+        for k in near[new]:
+            push(new, k)
+    kept = [(members[i], o / (o + inner[i]) * inside if o else 0.0) for i, o, inside in out if size[i] >= least * H * W]
+    kept.sort(key=lambda c: -c[1])
+    wide = (S + 7) // 8
+    bits = np.frombuffer(b"".join(m.to_bytes(wide, "little") for m, _ in kept), np.uint8).reshape(-1, wide)
+    return np.unpackbits(bits, 1, S, "little").astype(bool), np.array([s for _, s in kept])
+
+
+def boxes_of(segments, labels):
+    """Tight boxes (N, 4) x0 y0 x1 y1 (x1, y1 outside) of segments (N, S) bool over superpixels labels (H, W). Empty: zeros."""
+    found = ndimage.find_objects(labels + 1, segments.shape[1])             # the slices of each superpixel
+    low = np.array([[s[1].start, s[0].start] if s else [np.inf] * 2 for s in found])
+    high = np.array([[s[1].stop, s[0].stop] if s else [-np.inf] * 2 for s in found])
+    low = np.where(segments[..., None], low, np.inf).min(1)
+    high = np.where(segments[..., None], high, -np.inf).max(1)
+    box = np.concatenate([low, high], 1)
+    return np.where(np.isfinite(box).all(1, keepdims=True), box, 0).astype(np.float32)
+
+
+def cover_score(scores, shape, boxes=None, segments=None, labels=None):
+    """Section 4 of the paper: p(ij in Obj) = mean score of the proposals that cover pixel ij, 0 where there is none.
+
+    scores (N,) in [0, 1]; shape (H, W). Either boxes (N, 4) x0 y0 x1 y1, pixels from round(x0) to before round(x1), or segments
+    (N, S) bool over superpixels labels (H, W). Returns (H, W) float32.
+    """
+    one = np.stack([scores, np.ones(len(scores))]).astype(np.float64)       # (2, N): sums of scores, and how many
+    if boxes is None:
+        total = one @ segments                                              # (2, S)
+        return np.divide(total[0], total[1], out=np.zeros(total.shape[1]), where=total[1] > 0).astype(np.float32)[labels]
+    (H, W), edge = shape, np.zeros((2, shape[0] + 1, shape[1] + 1))
+    x0, y0, x1, y1 = np.clip(np.round(np.asarray(boxes).T), 0, [[W], [H], [W], [H]]).astype(int)
+    for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+        for plane, value in zip(edge, one):
+            np.add.at(plane, (y, x), sign * value)
+    total = edge.cumsum(1).cumsum(2)[:, :H, :W]
+    covered = total[1] > 0.5
+    return np.divide(total[0], total[1], out=np.zeros((H, W)), where=covered).astype(np.float32)
+
+
+def read_bing(model_dir, space="MAXBGR"):
+    """BING's trained model -> (filter (8, 8), sizes (n, 2) of box (height, width), calibration (n, 2)).
+
+    Reads ObjNessB2W8<space>.{wS1,idx,wS2}.yml.gz, OpenCV FileStorage YAML; B2: sizes are powers of two 2^4..2^9 (index
+    6 * row + column), W8: the filter is 8 by 8. ValueError if a file is not such a matrix; OSError if it is missing.
+    """
+    mats = []
+    for part in ("wS1", "idx", "wS2"):
+        path = Path(model_dir) / f"ObjNessB2W8{space}.{part}.yml.gz"
+        try:
+            text = gzip.decompress(path.read_bytes()).decode()
+            rows, cols, data = re.search(r"rows:\s*(\d+)\s+cols:\s*(\d+).*?data:\s*\[(.*?)\]", text, re.S).groups()
+            mats.append(np.array(data.split(","), np.float32).reshape(int(rows), int(cols)))
+        except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, AttributeError, ValueError) as e:
+            raise ValueError(f"{path} is not an OpenCV matrix in gzipped YAML") from e
+    kernel, index, calibration = mats
+    index = index.ravel().astype(int)
+    if kernel.shape != (8, 8) or calibration.shape != (len(index), 2) or not ((index >= 0) & (index < 36)).all():
+        raise ValueError(f"{model_dir}: {space} model has parts of shape {[m.shape for m in mats]}")
+    return kernel, 2 ** np.stack([index // 6 + 4, index % 6 + 4], 1), calibration
+
+
+def normed_gradient(image):
+    """BING's feature: min(|gx| + |gy|, 255), central differences, the largest over the channels of image (h, w, C)
+    uint8; doubled one-sided differences at the border. Returns (h, w) int16."""
+    x = image.astype(np.int16)
+    gx, gy = np.empty_like(x), np.empty_like(x)
+    gx[:, 1:-1], gy[1:-1] = x[:, 2:] - x[:, :-2], x[2:] - x[:-2]
+    gx[:, [0, -1]], gy[[0, -1]] = 2 * (x[:, [1, -1]] - x[:, [0, -2]]), 2 * (x[[1, -1]] - x[[0, -2]])
+    return np.minimum(np.abs(gx).max(2) + np.abs(gy).max(2), 255)
+
+
+def spread_peaks(score, most, radius=2):
+    """Greedy non-maximum suppression: flat indices, best first, of at most `most` points of score (h, w), each farther
+    than `radius` rows or columns from every better one. Equal scores: raster order."""
+    h, w = score.shape
+    side, keep = 2 * radius + 1, []
+    enough = min(score.size, most * side * side)                            # a kept point rules out side**2 at most
+    best = np.sort(np.argpartition(-score.ravel(), enough - 1)[:enough])
+    best = best[np.argsort(-score.ravel()[best], kind="stable")]
+    width = w + 2 * radius                                                  # `near`: map with a margin, rows end to end
+    near, block = bytearray(width * (h + 2 * radius)), b"\1" * side
+    for i, at in zip(best.tolist(), (best + best // w * 2 * radius + radius * width + radius).tolist()):
+        if not near[at]:
+            keep.append(i)
+            if len(keep) == most:
+                break
+            for left in range(at - radius * width - radius, at + radius * width, width):
+                near[left:left + side] = block
+    return np.array(keep)
+
+
+def bing(image, model_dir, n=1000, spaces=("MAXBGR",), per_size=130):
+    """Class-free object boxes from a trained BING model (Cheng et al., CVPR 2014).
+
+    image: (H, W, 3) uint8 RGB; model_dir: see `read_bing`; spaces: colour spaces whose boxes are pooled, of "MAXBGR", "I";
+    per_size: boxes kept per window size. Returns boxes (n', 4) float32 x0 y0 x1 y1 (pixels, x1 and y1 outside) and
+    scores (n',) in [0, 1], best first, n' <= n.
+    """
+    H, W = image.shape[:2]
+    boxes, scores = [], []
+    for space in spaces:
+        kernel, sizes, calibration = read_bing(model_dir, space)
+        picture = Image.fromarray(image) if space == "MAXBGR" else Image.fromarray(image).convert("L")
+        kernel = torch.from_numpy(kernel)[None, None]
+        for (h, w), (gain, bias) in zip(sizes, calibration):
+            if h > 2 * H or w > 2 * W:
+                continue
+            h, w = min(h, H), min(w, W)
+            small = np.asarray(picture.resize((round(8 * W / w), round(8 * H / h)), Image.BILINEAR))
+            ng = normed_gradient(small.reshape(small.shape[:2] + (-1,))).astype(np.float32)
+            score = F.conv2d(torch.from_numpy(ng)[None, None], kernel)[0, 0].numpy()   # one per top left corner
+            top = spread_peaks(score, per_size)
+            y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
+            boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
+            scores.append(score.ravel()[top] * gain + bias)
+    boxes, scores = np.concatenate(boxes).astype(np.float32), np.concatenate(scores)
+    best = np.argsort(-scores, kind="stable")[:n]
+    boxes, scores = boxes[best], scores[best]
+    return boxes, (scores - scores.min()) / max(np.ptp(scores), 1e-12)
+
+
+def read_mcg(path):
+    """MCG's released proposals -> labels (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) as stored.
+
+    path: .mat with `superpixels` (H, W) 1..S, `labels` N cells each listing a candidate's superpixels, `scores` (N, 1).
+    ValueError if the file is not of that form; OSError if it cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            mat = scipy.io.loadmat(file)
+        except Exception as e:                                              # loadmat raises many kinds on broken files
+            raise ValueError(f"{path} is not a MATLAB file that scipy reads: {e}") from e
+    missing = [k for k in ("superpixels", "labels", "scores") if k not in mat]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    labels, cells, scores = np.asarray(mat["superpixels"]), mat["labels"].ravel(), np.asarray(mat["scores"]).ravel()
+    if labels.ndim != 2 or labels.size == 0 or labels.dtype.kind not in "uif" or labels.min() < 1:
+        raise ValueError(f"{path}: superpixels must be (H, W), numbered from 1")
+    if cells.dtype != object or len(cells) != len(scores) or scores.dtype.kind not in "uif":
+        raise ValueError(f"{path}: {len(cells)} cells in labels, {len(scores)} scores")
+    S, parts = int(labels.max()), [np.ravel(c) for c in cells]
+    member = np.concatenate(parts) if parts else np.zeros(0)
+    if member.dtype.kind not in "uif" or (len(member) and not 1 <= member.min() <= member.max() <= S):
+        raise ValueError(f"{path}: labels name superpixels outside 1..{S}")
+    segments = np.zeros((len(parts), S), bool)
+    segments[np.repeat(np.arange(len(parts)), [len(p) for p in parts]), member.astype(int) - 1] = True
+    return labels.astype(np.int32) - 1, segments, scores.astype(float)
+
+
+# ---------------------------------------------------------------- smoothing priors (section 4)
+
+def superpixel_mean(planes, labels):
+    """Mean of each plane (K, H, W) over each superpixel of labels (H, W) -> (S, K), and sizes (S,). [:, labels] of the
+    transpose paints it back."""
+    flat = labels.ravel()
+    size = np.bincount(flat)
+    return np.stack([np.bincount(flat, p.ravel(), len(size)) for p in planes], 1) / np.maximum(size, 1)[:, None], size
+
+
+def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
+    """Pixel-adaptive refinement (Araslanov & Roth, CVPR 2020): repeated averages over neighbours of like colour.
+
+    planes (K, h, w) float; image (h, w, 3) uint8 or 0..1 floats of the same size (shrink both to a quarter: faster, and it
+    reaches farther). A neighbour's weight is the softmax, over the 8 directions at each dilation (pixels), of
+    -mean over channels of |colour difference| / (width * local standard deviation). Borders repeat. Returns (K, h, w) float32.
+    """
+    def neighbours(x):                                                      # (C, h, w) -> (C, 8 * dilations, h, w)
+        h, w, out = *x.shape[1:], []
+        for d in dilations:
+            y = F.pad(x[None], (d, d, d, d), mode="replicate")[0]
+            out += [y[:, i:i + h, j:j + w] for i in (0, d, 2 * d) for j in (0, d, 2 * d) if (i, j) != (d, d)]
+        return torch.stack(out, 1)
+    guide = torch.from_numpy(np.moveaxis(np.asarray(image, np.float32), 2, 0).copy())        # (3, h, w)
+    x, near = torch.from_numpy(np.array(planes, np.float32)), neighbours(guide)
+    spread = torch.cat([near, guide[:, None]], 1).std(1, keepdim=True)
+    scale = 255 if np.asarray(image).dtype == np.uint8 else 1
+    weight = (-(near - guide[:, None]).abs() / (width * (spread + 1e-8 * scale))).mean(0).softmax(0)
+    for _ in range(rounds):
+        x = (neighbours(x) * weight).sum(1)
+    return x.numpy()
+
+
+def vote(labels, regions):
+    """SP-sppxl: every superpixel takes its most frequent label. labels, regions (H, W) -> (H, W)."""
+    classes = int(labels.max()) + 1
+    counts = np.bincount(regions.ravel() * classes + labels.ravel(), minlength=(int(regions.max()) + 1) * classes)
+    return counts.reshape(-1, classes).argmax(1)[regions]
+
+
+def thresholded(p, objectness, delta):
+    """SP-bb and SP-seg: the best object class where its p times objectness exceeds delta, else background.
+
+    p (K, H, W) after the image-level prior, objectness (H, W) from `cover_score`, delta (K,) -> labels (H, W).
+    """
+    k = p[1:].argmax(0) + 1
+    v = np.take_along_axis(p, k[None], 0)[0] * objectness
+    return np.where(v > np.asarray(delta)[k], k, 0)
+
+
+def refine(p, image, regions, cell=8):
+    """Our own, without anything trained: pixel-adaptive refinement on cells of some pixels, then superpixel means.
+
+    p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W).
+    """
+    size = (-(-image.shape[0] // cell), -(-image.shape[1] // cell))
+    small = F.interpolate(torch.from_numpy(p)[None], size, mode="area")[0].numpy()
+    guide = np.asarray(Image.fromarray(image).resize(size[::-1], Image.BOX))
+    smooth = torch.from_numpy(pixel_adaptive(small, guide))[None]
+    p = F.interpolate(smooth, image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
+    return superpixel_mean(p, regions)[0].T[:, regions]
+
+
+class Scene:
+    """One image and what the priors derive from it, each at most once. delta: prior -> thresholds (K,).
+
+    bing: folder of BING's model; mcg: file of MCG's candidates; where they are absent, our own hierarchy serves.
+    """
+
+    def __init__(self, image, delta=None, bing=None, mcg=None):
+        self.image, self.delta, self.bing, self.mcg = image, delta or {}, bing, mcg
+
+    regions = functools.cached_property(lambda self: superpixels(self.image))
+    segments = functools.cached_property(lambda self: hierarchy(self.regions, self.image))
+
+    @functools.cached_property
+    def objectness(self):
+        """{"bb", "seg"}: p(pixel in an object), (H, W)."""
+        shape, (segments, scores), regions = self.image.shape[:2], self.segments, self.regions
+        boxes = bing(self.image, self.bing) if self.bing else (boxes_of(segments, regions), scores)
+        if self.mcg:
+            regions, segments, scores = read_mcg(self.mcg)
+            if regions.shape != shape:
+                raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but the image has {shape[1]}x{shape[0]}")
+        return {"bb": cover_score(boxes[1], shape, boxes[0]), "seg": cover_score(scores, shape, None, segments, regions)}
+
+
+PRIORS = {                                               # name: f(p (K, H, W), Scene) -> labels (H, W)
+    "none": lambda p, scene: p.argmax(0),
+    "sppxl": lambda p, scene: vote(p.argmax(0), scene.regions),
+    "bb": lambda p, scene: thresholded(p, scene.objectness["bb"], scene.delta.get("bb", np.zeros(len(p)))),
+    "seg": lambda p, scene: thresholded(p, scene.objectness["seg"], scene.delta.get("seg", np.zeros(len(p)))),
+    "refine": lambda p, scene: refine(p, scene.image, scene.regions).argmax(0),
+}
+
+
+def rungs(net, scene, dense=1):
+    """Yield (row of the ladder, labels (H, W)) for one Scene; the network runs once."""
+    p, q = predict(net, scene.image, dense)
     yield "base", p.argmax(0)
     p = ilp(p, q)
     yield "ilp", p.argmax(0)
     for name, prior in list(PRIORS.items())[1:]:
-        yield f"ilp+{name}", prior(p, image)
+        yield f"ilp+{name}", prior(p, scene)
 
 
 # ---------------------------------------------------------------- pictures
@@ -198,7 +678,7 @@ def main():
             continue
         p, q = predict(net, image, args.dense)
         p = ilp(p, q) if args.ilp else p
-        labels = PRIORS[args.prior](p, image)
+        labels = PRIORS[args.prior](p, Scene(image))
         data.save_labels(out / f"{file.stem}.png", labels)
         if not args.voc:
             data.write_atomically(out / f"{file.stem}_overlay.png",

@@ -66,8 +66,8 @@ TRUNKS = {
                    (123.0, 117.0, 104.0), (1.0, 1.0, 1.0), (256,), 320, 0.1,
                    "https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth"),
     # For the toy: small enough to train from scratch on a laptop.
-    "tiny": Trunk([conv(24, 5, 2), pool(2, 2), conv(64, 3)],
-                  (128.0,) * 3, (64.0,) * 3, (64,), 96),
+    "tiny": Trunk([conv(24, 5, 2), conv(32, 3), pool(2, 2), conv(64, 3, pad=1)],
+                  (128.0,) * 3, (64.0,) * 3, (), 96),
 }
 
 

@@ -397,3 +397,138 @@ def test_submission_archive(voc, tmp_path):
     status, err, _ = call("eval_voc", "submit", pred, "--voc", voc, "--set", "test", "--out", out)
     refused(status, err, "3 of 3", "2012_0.png: grey", "41x50", "index 21")
     assert not out.exists()
+
+
+# ---------------------------------------------------------------- training
+
+TOY = ("--toy-images", 24, "--batch", 4, "--log-every", 2, "--schedule", "steps", "--device", "cpu")
+
+
+def tensors(path):
+    ckpt = infer.read_checkpoint(path)
+    moments = [v for state in ckpt["optimizer"]["state"].values() for v in state.values() if torch.is_tensor(v)]
+    return {**ckpt["model"], **{f"moment{i}": v for i, v in enumerate(moments)}}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log_rows(path):
+    """Rows of a log.csv but for the time."""
+    return [row[:4] for row in csv.reader(open(path / "log.csv"))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_bit_exact(tmp_path, workers):
+    straight, broken = tmp_path / "a", tmp_path / "b"
+    assert call("train", *TOY, "--steps", 8, "--out", straight)[0] == 0
+    assert call("train", *TOY, "--steps", 3, "--out", broken, "--workers", workers)[0] == 0
+    assert not same(tensors(straight / "ckpt.pt"), tensors(broken / "ckpt.pt"))
+    (broken / "log.csv").open("a").write("5,20,0.1,0.1,1\n")                              # written after the checkpoint
+    assert call("train", *TOY, "--steps", 8, "--out", broken, "--workers", workers, "--resume")[0] == 0
+    assert same(tensors(straight / "ckpt.pt"), tensors(broken / "ckpt.pt"))
+    assert log_rows(broken) == log_rows(straight)
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    status, err, _ = call("train", *TOY, "--steps", 2, "--out", tmp_path / "a", "--resume")
+    refused(status, err, "no checkpoint to --resume")
+    assert call("train", *TOY, "--steps", 2, "--out", tmp_path / "a")[0] == 0
+    status, err, _ = call("train", *TOY, "--steps", 4, "--r", 3, "--seed", 5, "--out", tmp_path / "a", "--resume")
+    refused(status, err, "r was 5.0 and is 3.0", "seed was 0 and is 5")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    status, err, _ = call("train", *TOY, "--steps", 20, "--lr", 1e30, "--optimizer", "sgd", "--out", tmp_path)
+    refused(status, err, "the loss is not finite", "toy ", "last good checkpoint: none")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The same global batch, shared by two gloo processes: equal losses over 20 steps, and one writer."""
+    args = ("train.py", *TOY[:-4], "--schedule", "steps", "--device", "cpu", "--steps", "20", "--dropout", "0", "--log-every", "1")
+    args = [str(a) for a in args]
+    subprocess.run([sys.executable, *args, "--out", tmp_path / "one"], cwd=HERE, check=True, capture_output=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    subprocess.run([*launch, *args, "--out", tmp_path / "two"], cwd=HERE, check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (np.array([row[2] for row in log_rows(tmp_path / n)[1:]], float) for n in ("one", "two"))
+    assert len(one) == len(two) == 20 and np.abs(one - two).max() < 1e-5
+
+
+def test_toy_images_carry_one_tag_and_scenes_several():
+    photos = data.toy_photos(0, 60)
+    assert (photos.tags.sum(1) == 1).all() and 5 <= photos.tags[:, 0].sum() <= 20
+    assert all((a == b).all() for a, b in zip(photos.paths, data.toy_photos(0, 60).paths))
+    scenes = data.toy_scenes(0, 12)
+    assert max(len(np.unique(labels)) for _, _, labels in scenes) >= 4
+    assert not any((image == other).all() for _, image, _ in scenes for other in photos.paths if other.shape == image.shape)
+
+
+def test_augmentation_moves_labels_with_the_image():
+    labels = torch.zeros(6, 64, 64, dtype=torch.uint8)
+    labels[:, 20:40, 10:30] = 7
+    images = (labels[:, None] > 0).float().expand(-1, 3, -1, -1) * 200
+    random = torch.rand(7, 6, generator=torch.Generator().manual_seed(3))
+    moved, moved_labels = data.augment(images, random, labels, brightness=0, contrast=0)
+    inside = (moved[:, 0] > 100) == (moved_labels == 7)
+    assert inside[moved_labels != 255].float().mean() > 0.99
+    still, labels2 = data.augment(images, torch.full((7, 6), 0.5), labels, flip=0)        # the middle of every range
+    assert torch.allclose(still, images, atol=1e-3) and torch.equal(labels2, labels)
+
+
+# ---------------------------------------------------------------- weak training sees tags only
+
+OPENED = []
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+
+
+def test_weak_training_and_inference_open_no_mask(voc, tmp_path):
+    """Every file that Python opens is recorded; with --masks the same record shows them, so the test can fail."""
+    weights = tmp_path / "vgg.pth"
+    save_vgg(weights)
+    args = ("voc", "--voc", voc, "--set", "val", "--weights", weights, "--steps", 2, "--size", 64, "--head", "8", "--device", "cpu",
+            "--batch", 2, "--out", tmp_path / "o")
+    OPENED.clear()
+    assert call("train", *args)[0] == 0
+    status, err, _ = call("infer", tmp_path / "o/ckpt.pt", "--voc", voc, "--set", "val", "--out", tmp_path / "p")
+    assert status == 0, err
+    assert any("JPEGImages" in p for p in OPENED) and not any("SegmentationClass" in p for p in OPENED)
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [f"2007_00{n}.png" for n in range(4)]
+    status, err, _ = call("train", *args, "--masks", voc / "SegmentationClass", "--cache", "no", "--no-jitter")
+    assert status == 0 and any("SegmentationClass" in p for p in OPENED), err
+
+
+def save_vgg(path):
+    """A file in the public VGG16's layout, with random numbers."""
+    net, n, state = model.Net("vgg16", 2), 0, {}
+    convs = iter(net.trunk)
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+        if width:
+            layer = next(convs)
+            state[f"features.{n}.weight"], state[f"features.{n}.bias"] = layer.weight.data.half(), layer.bias.data.half()
+        n += 2 if width else 1
+    torch.save(state, path)
+
+
+# ---------------------------------------------------------------- a folder of one's own
+
+def test_own_folder_from_tags_to_labels(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for n in range(6):
+        Image.fromarray(random_image(n, 40 + 9 * n, 70)).save(folder / f"{n}.jpg")
+    (tmp_path / "tags.csv").write_text("file,tags\n0.jpg,zebra\n1.jpg,apple;zebra\n2.jpg,\n3.jpg,background\n4.jpg,apple\n")
+    save_vgg(tmp_path / "vgg.pth")
+    status, err, _ = call("train", "folder", "--images", folder, "--tags", tmp_path / "tags.csv", "--weights", tmp_path / "vgg.pth",
+                          "--size", 64, "--steps", 2, "--batch", 2, "--head", "8", "--out", tmp_path / "o", "--device", "cpu")
+    assert status == 0, err
+    photos = data.folder_photos(folder, tmp_path / "tags.csv")
+    assert photos.classes == ["background", "apple", "zebra"]
+    assert photos.tags.tolist() == [[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0], [0, 1, 0]]
+    status, err, out = call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--soft", "--out", tmp_path / "l")
+    assert status == 0 and "%" in out, err
+    assert data.read_labels(tmp_path / "l/5.png").shape == (85, 70)
+    assert Image.open(tmp_path / "l/5_overlay.png").size == (70, 85)
+    soft = np.load(tmp_path / "l/5.npz", allow_pickle=False)
+    assert soft["scores"].shape == (3, 85, 70) and soft["classes"].tolist() == photos.classes

@@ -9,10 +9,11 @@
 Writes out/<preset>/: ckpt.pt, log.csv, settings.json, panel.png, scores.json. Every setting below is a flag
 (--aggregation max --r 5 --steps 200 --device cpu); `--help` lists them with the presets' and the paper's values.
 """
-import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ import data
 import eval_voc
 import infer
 from data import InputError
-from model import AGGREGATIONS, TRUNKS, Net, load_trunk, pick_device, tag_loss
+from model import AGGREGATIONS, TRUNKS, Net, geometry, pick_device, tag_loss
 
 
 # ---------------------------------------------------------------- settings: this block is the help
@@ -49,6 +50,8 @@ class Settings:
     tags: str = opt("data", "", "CSV of file,tag;tag;...", free=True)
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
     masks: str = opt("data", "", "folder of label PNGs: learn per pixel (full supervision, or own predictions)")
+    cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
+    views: int = opt("data", 2, "cached views of an image: the first plain, the second flipped, others jittered")
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
     size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)")
     toy_images: int = opt("data", 2000, "toy: training images drawn from the seed")
@@ -70,7 +73,7 @@ class Settings:
     weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005")
     batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)")
     steps: int = opt("optimiser", 1000, "optimiser steps (paper: about a week of them)", free=True)
-    jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten; only without --cache")
+    jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (with a cache: cached views)")
 
     out: str = opt("run", "", "output folder (empty: out/<preset>)", free=True)
     seed: int = opt("run", 0, "decides weights, order, jitter and dropout")
@@ -84,8 +87,8 @@ class Settings:
 
 
 PRESETS = {
-    "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=16, steps=900, dropout=0.2,
-                weight_decay=1e-4),
+    "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2500, dropout=0.0,
+                weight_decay=1e-4, jitter=False),
     "voc": dict(optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1500),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
     "folder": dict(optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500),
@@ -108,7 +111,8 @@ def parse(argv):
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     preset = given.pop("preset")
     settings = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
-    for flag, low in dict(batch=1, steps=1, lr=0, r=1e-6, log_every=1, save_every=1, workers=0, limit=0, size=0).items():
+    for flag, low in dict(batch=1, steps=1, lr=0, r=1e-6, log_every=1, save_every=1, workers=0, limit=0, size=0, views=1,
+                          toy_images=1).items():
         if not getattr(settings, flag) >= low:
             parser.error(f"argument --{flag.replace('_', '-')}: {getattr(settings, flag)} is below {low}")
     needs = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
@@ -119,6 +123,11 @@ def parse(argv):
         [int(w) for w in settings.head.split(",") if settings.head]
     except ValueError:
         parser.error(f"argument --head: '{settings.head}' is not a list of widths such as 1024,768,512")
+    if settings.train_convs < 0:
+        settings.cache = ""                                         # nothing is frozen
+    elif preset in ("voc", "folder") and not settings.cache:
+        settings.cache = f"{settings.out}/cache"
+    settings.cache = "" if settings.cache == "no" else settings.cache
     settings.size = settings.size or TRUNKS[settings.trunk].size
     return preset, settings, given
 
@@ -133,13 +142,13 @@ def load_photos(preset, s):
         photos = data.folder_photos(s.images, s.tags)
     else:
         photos = data.imagenet_photos(s.imagenet, s.synsets)
-    if s.limit and s.limit < len(photos):
-        photos = photos.take(np.linspace(0, len(photos) - 1, s.limit).astype(int).tolist())
     if s.background:
         extra = data.imagenet_photos(s.background, s.synsets)
         photos = data.join(photos, extra.take(torch.where(extra.tags[:, 0] > 0)[0].tolist()))
+    if s.limit and s.limit < len(photos):
+        photos = photos.take(np.linspace(0, len(photos) - 1, s.limit).astype(int).tolist())
     photos.size, photos.cut = s.size, preset == "paper"
-    return photos
+    return data.Masked.of(photos, s.masks) if s.masks else photos
 
 
 # ---------------------------------------------------------------- batches
@@ -172,8 +181,65 @@ class Stream(torch.utils.data.Sampler):
 def learning_rate(s, step):
     """Section 4.1: x0.8 after every 5 million samples; or a cosine to 0."""
     if s.schedule == "cosine":
-        return s.lr * 0.5 * (1 + np.cos(np.pi * step / s.steps))
+        return s.lr * 0.5 * (1 + math.cos(math.pi * step / s.steps))
     return s.lr * 0.8 ** (step * s.batch // 5_000_000)
+
+
+# ---------------------------------------------------------------- features of the frozen trunk, computed once
+
+def draws(s, step, n, share=slice(None)):
+    """Uniform numbers (7, n)[:, share] for the augmentation of a step's n images: a function of (seed, step) alone."""
+    return torch.rand(7, n, generator=torch.Generator().manual_seed(s.seed * 1_000_003 + step))[:, share]
+
+
+@torch.no_grad()
+def cached_features(net, photos, s, device):
+    """Memory-mapped half-precision features of every photo, (N, views, D, h, w), made where they are not there yet.
+
+    The folder's cache.json says for which trunk, weights, size and list they are; others are refused. It can be
+    killed at any moment: the next call goes on where the last whole block ended.
+    """
+    folder = Path(s.cache)
+    weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in net.trunk[:net.frozen_convs].parameters()))
+    names = hashlib.sha256("\n".join(f"{Path(p).parent.name}/{Path(p).name}" for p in photos.paths).encode())
+    sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
+    key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, weights=weights.hexdigest(), list=names.hexdigest(),
+               shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 2 else 0)
+    state = folder / "cache.json"
+    found = json.loads(state.read_text()) if state.exists() else None
+    if found and found["key"] != key:
+        differ = [k for k in key if found["key"].get(k) != key[k]]
+        raise InputError(f"{folder}: made for another {', '.join(differ)}; delete it or give another --cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    features = np.lib.format.open_memmap(folder / "features.npy", "r+" if found else "w+", np.float16, tuple(key["shape"]))
+    first, block = found["done"] if found else 0, 32
+    if first < len(photos):
+        print(f"caching {features.nbytes / 1e9:.1f} GB of features in {folder}")
+    for start in data.progress(range(first, len(photos), block), "blocks cached"):
+        images = torch.stack([photos[i, 0.5][0] for i in range(start, min(start + block, len(photos)))]).to(device)
+        for view in range(s.views):
+            seen = images if view == 0 else images.flip(3) if view == 1 else \
+                data.augment(images, draws(s, start * s.views + view, len(images)))[0]
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                parts = [net.frozen(part) for part in seen.split(4)]
+            features[start:start + len(seen), view] = torch.cat(parts).half().cpu().numpy()
+        features.flush()
+        data.write_atomically(state, lambda f: f.write(json.dumps(dict(key=key, done=start + len(images))).encode()))
+    return np.load(folder / "features.npy", mmap_mode="r")
+
+
+class Cached(torch.utils.data.Dataset):
+    """The photos' features in the place of their pixels; a key's place chooses the view."""
+
+    def __init__(self, photos, features):
+        self.photos, self.features = photos, features
+
+    def __getitem__(self, key):
+        i, place = key
+        view = int(place * self.features.shape[1])
+        labels = self.photos.labels(i) if isinstance(self.photos, data.Masked) else None
+        out = torch.from_numpy(self.features[i, view].copy()), i
+        return out if labels is None else (*out, labels.flip(1) if view == 1 else labels)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -222,28 +288,30 @@ def train(net, photos, s, device, rank=0, world=1):
                                       fused=device.type == "cuda")
     first, pending = resume(out / "ckpt.pt", s, net, optimizer) if s.resume else (0, [])
     scores_of = torch.compile(net.scores) if s.compile else net.scores
-    log = Log(out / "log.csv", first) if main else None
+    log = Log(out / "log.csv", first, s.log_every) if main else None
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     stream = Stream(len(photos), s.batch, s.seed, range(first, s.steps), rank, world)
-    loader = torch.utils.data.DataLoader(photos, batch_sampler=stream, num_workers=s.workers,
+    source = Cached(photos, cached_features(net, photos, s, device)) if s.cache else photos
+    loader = torch.utils.data.DataLoader(source, batch_sampler=stream, num_workers=s.workers,
                                          pin_memory=device.type == "cuda", persistent_workers=False)
     start, net = time.perf_counter(), net.train()
-    for step, (images, index) in zip(range(first, s.steps), loader):
+    for step, (images, index, *labels) in zip(range(first, s.steps), loader):
         lr = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(s.seed * 1_000_003 + step)              # dropout's state: a function of (seed, step) too
-        images = images.to(device, non_blocking=True)
-        tags = photos.tags[index].to(device, non_blocking=True)
+        torch.manual_seed((s.seed * 1_000_003 + step) * world + rank)     # dropout: a function of (seed, step) too
+        images, tags = images.to(device, non_blocking=True), photos.tags[index].to(device, non_blocking=True)
+        labels = labels[0].to(device, non_blocking=True) if labels else None
+        if s.jitter and not s.cache:
+            images, labels = data.augment(images, draws(s, step, s.batch, stream.share), labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-            if s.jitter:
-                generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-                images = data.augment(images, generator)
-            scores = scores_of(net.frozen(images))                                    # (B, K, h, w)
+            scores = scores_of(images.float() if s.cache else net.frozen(images))     # (B, K, h, w)
         loss = tag_loss(net.aggregate(scores), tags, s.loss)
+        if labels is not None:
+            loss = loss + pixel_loss(scores.float(), labels, net.rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if world > 1:
@@ -259,12 +327,20 @@ def train(net, photos, s, device, rank=0, world=1):
             if main:
                 log.write(done, done * s.batch, float(np.mean(pending)), lr, (done - first) * s.batch
                           / (time.perf_counter() - start), s.steps)
-            pending = []
-        if main and (done % s.save_every == 0 and not pending or done == s.steps or stop):
+            pending = pending if done % s.log_every else []
+        if main and (done % s.save_every == 0 or done == s.steps or stop):
             save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, [float(x) for x in pending])
         if stop and done < s.steps:
             raise InputError(f"{out / 'ckpt.pt'}: interrupted and saved at step {done}; go on with --resume")
     return optimizer
+
+
+def pixel_loss(scores, labels, rows):
+    """Cross-entropy at the pixel under each cell; void is ignored. scores (B, K, h, w), labels (B, H, W) uint8."""
+    stride, _, centre = geometry(rows)
+    at = round(centre) + stride * torch.arange(max(scores.shape[2:]), device=labels.device)
+    target = labels[:, at[:scores.shape[2]]][:, :, at[:scores.shape[3]]].long()
+    return F.cross_entropy(scores, target, ignore_index=data.VOID, reduction="sum") / (target != data.VOID).sum().clamp(min=1)
 
 
 def average(parameters, loss):
@@ -288,15 +364,15 @@ def blame(photos, stream, done, losses, out):
 
 
 class Log:
-    """log.csv and a fixed-width line on stdout. Rows past the step resumed from are dropped."""
+    """log.csv and a fixed-width line on stdout. Resuming drops the rows that the run will write again."""
 
-    def __init__(self, path, first):
+    def __init__(self, path, first, every):
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = list(csv.reader(open(path, newline=""))) if first and path.exists() else []
         self.file = open(path, "w", newline="")
         self.csv = csv.writer(self.file)
         self.csv.writerow(["step", "samples", "loss", "lr", "images_per_s"])
-        self.csv.writerows(row for row in rows[1:] if int(row[0]) <= first)
+        self.csv.writerows(row for row in rows[1:] if int(row[0]) <= first and int(row[0]) % every == 0)
         print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
 
     def write(self, step, samples, loss, lr, rate, steps):
