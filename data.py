@@ -206,6 +206,12 @@ class Masked(Photos):
         image = Image.fromarray(read_labels(self.files[i]))
         return torch.from_numpy(np.array(image.resize((self.size, self.size), Image.NEAREST)))
 
+    def frequencies(self):
+        """Share of each class among all labelled pixels, (K,)."""
+        counts = sum(torch.bincount(self.labels(i).flatten().long(), minlength=256) for i in range(len(self)))
+        counts = counts[:len(self.classes)].float()
+        return counts / counts.sum().clamp(min=1)
+
     def __getitem__(self, key):
         image, i = super().__getitem__(key)
         return image, i, self.labels(i)
@@ -403,15 +409,15 @@ def imagenet_photos(folder, synsets=""):
 
 # ---------------------------------------------------------------- the toy set
 
-TOY_CLASSES = ["background", "stripes", "checker", "zigzag", "grid"]
+TOY_CLASSES = ["background", "stripes", "checker", "speckle", "grid"]
 
 
-def _toy_texture(kind, u, v, period):
+def _toy_texture(kind, u, v, period, rng):
     """Two-tone pattern (H, W) bool in an object's own rotated coordinates, pixels."""
     wave = 2 * np.pi / period
     return {"stripes": np.sin(wave * u) > 0,
             "checker": (np.sin(wave * u / 1.3) > 0) ^ (np.sin(wave * v / 1.3) > 0),
-            "zigzag": np.sin(wave * (u + abs(v % (1.6 * period) - 0.8 * period))) > 0,
+            "speckle": np.kron(rng.random((u.shape[0] // 2, u.shape[1] // 2)), np.ones((2, 2))) > 0.5,
             "grid": np.maximum(np.cos(wave * u / 1.2), np.cos(wave * v / 1.2)) > 0.75}[kind]
 
 
@@ -419,7 +425,7 @@ def _toy_shape(kind, u, v):
     """Outline (H, W) bool in coordinates where the object's radius is 1."""
     return {"stripes": u ** 2 + (v / 0.7) ** 2 < 1,                                        # ellipse
             "checker": np.maximum(abs(u), abs(v)) < 0.8,                                   # square
-            "zigzag": (v > -0.6) & (v < 0.95 - 1.7 * abs(u)),                                # triangle
+            "speckle": (v > -0.6) & (v < 0.95 - 1.7 * abs(u)),                                # triangle
             "grid": np.minimum(abs(u), abs(v)) < 0.5 * (np.hypot(u, v) < 1)}[kind]       # cross
 
 
@@ -443,9 +449,9 @@ def toy_scene(rng, size, kinds, distractors):
             if (labels[inside] > 0).mean() < 0.1:
                 break
         if kind:
-            pattern = _toy_texture(kind, u, v, rng.uniform(5, 8))
-        else:                                                                              # plain, or noise
-            pattern = rng.random((size, size)) < rng.choice([0, 0.5])
+            pattern = _toy_texture(kind, u, v, rng.uniform(5, 8), rng)
+        else:                                                                              # plain, or two halves
+            pattern = u > rng.choice([0, size])
         dark = rng.uniform(0, 255, 3)
         light = (dark + rng.choice([-1, 1], 3) * rng.uniform(70, 128, 3)) % 256
         image[inside] = np.where(pattern[..., None], light, dark)[inside]

@@ -153,11 +153,11 @@ def print_score(report, matrix, classes):
 
 # ---------------------------------------------------------------- the ladder
 
-def ladder(net, samples, classes, dense=1):
+def ladder(net, samples, classes, dense=1, sides=()):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict."""
     matrices, images = {}, 0
     for name, image, truth in samples:
-        for row, labels in infer.rungs(net, infer.Scene(image), dense):
+        for row, labels in infer.rungs(net, infer.Scene(image), dense, sides):
             try:
                 matrices[row] = matrices.get(row, 0) + confusion(truth, labels.astype(np.uint8), len(classes))
             except InputError as e:
@@ -279,7 +279,7 @@ def main():
         ids = data.voc_ids(args.voc, args.set)
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        report = ladder(net, voc_samples(args.voc, ids), ckpt["classes"], args.dense)
+        report = ladder(net, voc_samples(args.voc, ids), ckpt["classes"], args.dense, ckpt["sides"])
         print_ladder(report)
         write_json(args.json, report)
     else:

@@ -56,30 +56,36 @@ def load_net(path, weights=None, device="cpu"):
     ckpt = read_checkpoint(path)
     s, classes = ckpt["settings"], ckpt["classes"]
     head = [int(w) for w in s["head"].split(",")] if s["head"] else None
-    net = Net(s["trunk"], len(classes), head, s["aggregation"], s["r"], s["dropout"], s["train_convs"])
+    net = Net(s["trunk"], len(classes), head, s["kernel"], s["aggregation"], s["r"], s["dropout"], s["train_convs"])
     missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
     if unexpected or any(not k.startswith("trunk.") for k in missing):
         raise InputError(f"{path}: its tensors do not fit its settings ({(missing + unexpected)[0]})")
     if missing:
         load_weights(net, s["trunk"], weights or s["weights"])
         net.load_state_dict(ckpt["model"], strict=False)              # trained trunk layers win over the public ones
+    ckpt["sides"] = [int(n) for n in s["sides"].split(",") if n]
     return net.to(device).to(memory_format=torch.channels_last).eval(), ckpt
 
 
 # ---------------------------------------------------------------- scores and the image-level prior
 
 @torch.no_grad()
-def predict(net, image, dense=1):
+def predict(net, image, dense=1, sides=()):
     """Probabilities of one image: p (K, H, W), Eq. 2 at every pixel, and q (K,), Eq. 2 of the aggregated scores.
 
-    image (H, W, 3) uint8. dense: grid so many times finer than the stride. Returns float32 arrays.
+    image (H, W, 3) uint8. dense: grid so many times finer than the stride. sides: the net sees the image resized to each
+    of these areas, side x side pixels (none: as it is), and scores are averaged. Returns float32 arrays.
     """
-    device = next(net.parameters()).device
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(device)
-    scores, step, offset = net.dense(x, dense)                                       # (1, K, h, w)
-    q = net.aggregate(scores)[0].softmax(0)
-    p = upsample(scores, image.shape[:2], step, offset)[0].softmax(0)                # (K, H, W)
-    return p.cpu().numpy(), q.cpu().numpy()
+    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(next(net.parameters()).device).float()     # (1, 3, H, W)
+    total, image_scores = 0, 0
+    for side in sides or (None,):
+        zoom = side / math.sqrt(image.shape[0] * image.shape[1]) if side else 1
+        size = tuple(max(1, round(n * zoom)) for n in image.shape[:2])
+        seen = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False) if side else x
+        scores, step, offset = net.dense(seen, dense)                                # (1, K, h, w)
+        image_scores = image_scores + net.aggregate(scores)[0] / max(1, len(sides))
+        total = total + upsample(scores, image.shape[:2], step, offset, size)[0] / max(1, len(sides))
+    return total.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
 
 
 def ilp(p, q, background=False):
@@ -534,6 +540,31 @@ def refine(p, image, regions, cell=8):
     return superpixel_mean(p, regions)[0].T[:, regions]
 
 
+def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
+    """Labels for a training image whose tags are known, for self-training; void where no class is sure.
+
+    scores (K, h, w), features (D, h, w), present: indices of the tagged classes, image (3, S, S) uint8. A tagged class's
+    map is its margin over the untagged ones, spread to places of like features, refined on the image at 2h x 2w, and
+    compared with `threshold` (its maximum is 1) for background. Returns (2h, 2w) uint8.
+    """
+    (K, h, w), absent = scores.shape, torch.ones(len(scores), dtype=torch.bool)
+    absent[present] = absent[0] = False
+    margin = F.relu(scores[present] - (scores[absent].mean(0) if absent.any() else 0))
+    margin = margin / margin.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    x = features.sqrt().flatten(1)                                                     # (D, cells); ReLU features
+    x = F.normalize(x - x.mean(1, keepdim=True), dim=0)
+    affinity = F.relu(x.T @ x) ** 2                                                    # (cells, cells)
+    spread = (margin.flatten(1) @ affinity / affinity.sum(0)).view(-1, h, w)
+    low, high = spread.amin((1, 2), keepdim=True), spread.amax((1, 2), keepdim=True)
+    maps = torch.cat([torch.full((1, h, w), threshold, device=x.device), (spread - low) / (high - low).clamp(min=1e-6)])
+    maps = F.interpolate(maps[None], (2 * h, 2 * w), mode="bilinear", align_corners=False)[0]
+    guide = F.interpolate(image[None].float(), (2 * h, 2 * w), mode="area")[0].permute(1, 2, 0)
+    share = pixel_adaptive(maps.cpu().numpy(), guide.numpy() / 255)
+    share /= share.sum(0)
+    labels = np.concatenate([[0], present.cpu().numpy()])[share.argmax(0)]
+    return np.where(share.max(0) > sure, labels, data.VOID).astype(np.uint8)
+
+
 class Scene:
     """One image and what the priors derive from it, each at most once. delta: prior -> thresholds (K,).
 
@@ -567,9 +598,9 @@ PRIORS = {                                               # name: f(p (K, H, W), 
 }
 
 
-def rungs(net, scene, dense=1):
+def rungs(net, scene, dense=1, sides=()):
     """Yield (row of the ladder, labels (H, W)) for one Scene; the network runs once."""
-    p, q = predict(net, scene.image, dense)
+    p, q = predict(net, scene.image, dense, sides)
     yield "base", p.argmax(0)
     p = ilp(p, q)
     yield "ilp", p.argmax(0)
@@ -624,10 +655,10 @@ def panel(rows, classes, width=150):
     return sheet
 
 
-def explain(net, image, truth, classes, maps=4):
-    """One row of a panel: image, truth if known, base, +ILP, and heat maps of the classes with the largest q."""
-    p, q = predict(net, image)
-    labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0)}
+def explain(net, image, truth, classes, sides=(), maps=4):
+    """One row of a panel: image, truth if known, base, +ILP, final, and heat maps of the classes with the largest q."""
+    p, q = predict(net, image, sides=sides)
+    labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP+refine": PRIORS["refine"](ilp(p, q), Scene(image))}
     cells = [("image", image)] + ([("truth", data.voc_palette()[truth])] if truth is not None else [])
     cells += [(name, data.voc_palette()[label]) for name, label in labels.items()]
     top = [int(k) for k in np.argsort(-q) if k][:maps]
@@ -636,9 +667,9 @@ def explain(net, image, truth, classes, maps=4):
     return cells, {int(k) for k in used}
 
 
-def save_panel(path, net, samples, classes):
+def save_panel(path, net, samples, classes, sides=()):
     """Write a panel of (name, image, truth or None) samples."""
-    sheet = panel([explain(net, image, truth, classes) for _, image, truth in samples], classes)
+    sheet = panel([explain(net, image, truth, classes, sides) for _, image, truth in samples], classes)
     data.write_atomically(path, lambda file: sheet.save(file, "png"))
 
 
@@ -676,7 +707,7 @@ def main():
         except InputError as e:
             bad.append(str(e))
             continue
-        p, q = predict(net, image, args.dense)
+        p, q = predict(net, image, args.dense, ckpt["sides"])
         p = ilp(p, q) if args.ilp else p
         labels = PRIORS[args.prior](p, Scene(image))
         data.save_labels(out / f"{file.stem}.png", labels)

@@ -176,17 +176,17 @@ def tag_loss(image_scores, tags, form="softmax"):
 class Net(nn.Module):
     """Trunk, head and aggregation. Freezes the trunk but for its last `train_convs` convolutions (-1: trains all).
 
-    trunk: a key of TRUNKS. head: hidden widths of its 3x3 convolutions; a last one with `classes` outputs follows.
+    trunk: a key of TRUNKS. head: hidden widths of its convolutions, kernel x kernel; one with `classes` outputs follows.
     generator: a CPU torch.Generator for the initial weights.
     """
 
-    def __init__(self, trunk="overfeat", classes=21, head=None, aggregation="lse", r=5.0, dropout=0.5,
+    def __init__(self, trunk="overfeat", classes=21, head=None, kernel=3, aggregation="lse", r=5.0, dropout=0.5,
                  train_convs=0, generator=None):
         super().__init__()
         self.spec, self.r, self.dropout = TRUNKS[trunk], r, dropout
         self.pool_scores = AGGREGATIONS[aggregation]
         widths = list(self.spec.head if head is None else head) + [classes]
-        self.head_rows = [conv(width, 3) for width in widths]      # Table 1: unpadded 3x3
+        self.head_rows = [conv(width, kernel) for width in widths]  # Table 1: 3x3, unpadded
         convs, channels = nn.ModuleList(), 3
         for row in self.rows:
             if row.kind == "conv":
@@ -259,16 +259,17 @@ class Net(nn.Module):
         return self.run(x, rows[n:], self.head)[:, :, :h, :w].float(), geometry(rows)[0], offset
 
 
-def upsample(scores, size, step, offset, zoom=1.0):
+def upsample(scores, size, step, offset, seen=None):
     """Bilinear interpolation from cells to pixels, exact for any step and offset; constant beyond the outer cells.
 
-    scores (B, K, h, w), cell i on pixel step * i + offset of an image that is `zoom` times as large as the
-    wanted output; size: (H, W) of the output. Returns (B, K, H, W).
+    scores (B, K, h, w), cell i on pixel step * i + offset of the image that the net has seen, of size `seen` (H', W');
+    size: (H, W) wanted, the same picture at another resolution. Returns (B, K, H, W).
     """
-    def matrix(n, cells):
-        at = (((torch.arange(n, device=scores.device) + 0.5) * zoom - 0.5 - offset) / step).clamp(0, cells - 1)
-        return (1 - (at[:, None] - torch.arange(cells, device=scores.device)).abs()).clamp(min=0).to(scores.dtype)
-    rows, columns = matrix(size[0], scores.shape[2]), matrix(size[1], scores.shape[3])   # (H, h), (W, w)
+    def matrix(n, cells, n_seen):
+        at = ((torch.arange(n, device=scores.device) + 0.5) * (n_seen / n) - 0.5 - offset) / step
+        gap = at.clamp(0, cells - 1)[:, None] - torch.arange(cells, device=scores.device)
+        return (1 - gap.abs()).clamp(min=0).to(scores.dtype)
+    rows, columns = (matrix(*sides) for sides in zip(size, scores.shape[2:], seen or size))           # (H, h), (W, w)
     return rows @ scores @ columns.T
 
 

@@ -215,7 +215,7 @@ def test_upsampling_is_bilinear_between_cell_centres():
     assert up[0] == 0 and up[11] == 12
     assert torch.allclose(up[1:9], torch.tensor([0.5, 1.5, 2.5, 3.5, 5, 7, 9, 11.0]))
     ramp = torch.arange(20.0).view(1, 1, 1, 20)
-    assert torch.allclose(model.upsample(ramp, (1, 40), 1, 0, zoom=0.5)[0, 0, 0], (torch.arange(40.0) / 2 - 0.25).clamp(0, 19))
+    assert torch.allclose(model.upsample(ramp, (1, 40), 1, 0, seen=(1, 20))[0, 0, 0], (torch.arange(40.0) / 2 - 0.25).clamp(0, 19))
 
 
 # ---------------------------------------------------------------- model: aggregation and freezing
@@ -401,7 +401,7 @@ def test_submission_archive(voc, tmp_path):
 
 # ---------------------------------------------------------------- training
 
-TOY = ("--toy-images", 24, "--batch", 4, "--log-every", 2, "--schedule", "steps", "--device", "cpu")
+TOY = ("--toy-images", 24, "--toy-scenes", 1, "--batch", 4, "--log-every", 2, "--schedule", "steps", "--device", "cpu")
 
 
 def tensors(path):

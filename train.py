@@ -49,17 +49,21 @@ class Settings:
     images: str = opt("data", "", "folder of photographs", free=True)
     tags: str = opt("data", "", "CSV of file,tag;tag;...", free=True)
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
-    masks: str = opt("data", "", "folder of label PNGs: learn per pixel (full supervision, or own predictions)")
+    masks: str = opt("data", "", "folder of label PNGs: learn per pixel (full supervision, or own predictions)", free=True)
     cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
     views: int = opt("data", 2, "cached views of an image: the first plain, the second flipped, others jittered")
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
     size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)")
-    toy_images: int = opt("data", 2000, "toy: training images drawn from the seed")
+    toy_images: int = opt("data", 3000, "toy: training images drawn from the seed")
+    toy_scenes: int = opt("data", 40, "toy: scenes to label and score at the end", free=True)
 
     trunk: str = opt("model", "vgg16", "feature extractor (paper: overfeat)", list(TRUNKS))
     weights: str = opt("model", "", "the trunk's weights; vgg16's are fetched when not given", free=True)
     train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)")
     head: str = opt("model", "", "hidden widths of the head, e.g. 1024,768,512 (empty: the trunk's own)")
+    kernel: int = opt("model", 3, "side of the head's kernels (paper: 3)")
+    sides: str = opt("model", "", "at test time images are brought to side*side pixels, scores averaged (empty: as they are)",
+                     free=True)
     aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", list(AGGREGATIONS))
     r: float = opt("model", 5.0, "sharpness of lse (paper: 5)")
     loss: str = opt("model", "softmax", "paper: softmax, Eq. 2", ["softmax", "sigmoid"])
@@ -72,7 +76,9 @@ class Settings:
     momentum: float = opt("optimiser", 0.9, "SGD's, and Adam's first (paper: 0.9)")
     weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005")
     batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)")
-    steps: int = opt("optimiser", 1000, "optimiser steps (paper: about a week of them)", free=True)
+    steps: int = opt("optimiser", 1000, "optimiser steps on tags (paper: about a week of them)", free=True)
+    self_steps: int = opt("optimiser", 0, "further steps on labels that the net itself gives the training images", free=True)
+    balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies")
     jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (with a cache: cached views)")
 
     out: str = opt("run", "", "output folder (empty: out/<preset>)", free=True)
@@ -89,9 +95,10 @@ class Settings:
 PRESETS = {
     "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2500, dropout=0.0,
                 weight_decay=1e-4, jitter=False),
-    "voc": dict(optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1500),
+    "voc": dict(head="512", kernel=1, optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1000, self_steps=700,
+                weight_decay=1e-4, amp=True, size=288),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
-    "folder": dict(optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500),
+    "folder": dict(head="512", kernel=1, optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500, weight_decay=1e-4),
 }
 
 
@@ -112,23 +119,24 @@ def parse(argv):
     preset = given.pop("preset")
     settings = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for flag, low in dict(batch=1, steps=1, lr=0, r=1e-6, log_every=1, save_every=1, workers=0, limit=0, size=0, views=1,
-                          toy_images=1).items():
+                          toy_images=1, toy_scenes=1, self_steps=0).items():
         if not getattr(settings, flag) >= low:
             parser.error(f"argument --{flag.replace('_', '-')}: {getattr(settings, flag)} is below {low}")
     needs = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
     for flag in needs:
         if not getattr(settings, flag):
             parser.error(f"{preset} needs --{flag} ({dict(parser._option_string_actions)['--' + flag].help})")
-    try:
-        [int(w) for w in settings.head.split(",") if settings.head]
-    except ValueError:
-        parser.error(f"argument --head: '{settings.head}' is not a list of widths such as 1024,768,512")
+    for flag in ("head", "sides"):
+        if not all(w.isdigit() and int(w) for w in getattr(settings, flag).split(",") if getattr(settings, flag)):
+            parser.error(f"argument --{flag}: '{getattr(settings, flag)}' is not a list of numbers such as 1024,768,512")
     if settings.train_convs < 0:
         settings.cache = ""                                         # nothing is frozen
     elif preset in ("voc", "folder") and not settings.cache:
         settings.cache = f"{settings.out}/cache"
     settings.cache = "" if settings.cache == "no" else settings.cache
     settings.size = settings.size or TRUNKS[settings.trunk].size
+    if preset in ("voc", "folder"):                                 # whole photographs, squashed to size x size
+        settings.sides = settings.sides or f"{settings.size},{settings.size * 3 // 2}"
     return preset, settings, given
 
 
@@ -178,10 +186,10 @@ class Stream(torch.utils.data.Sampler):
             yield self.keys(step)[self.share]
 
 
-def learning_rate(s, step):
-    """Section 4.1: x0.8 after every 5 million samples; or a cosine to 0."""
+def learning_rate(s, step, begin, end):
+    """Section 4.1: x0.8 after every 5 million samples; or a cosine from s.lr at step `begin` to 0 at `end`."""
     if s.schedule == "cosine":
-        return s.lr * 0.5 * (1 + math.cos(math.pi * step / s.steps))
+        return s.lr * 0.5 * (1 + math.cos(math.pi * (step - begin) / (end - begin)))
     return s.lr * 0.8 ** (step * s.batch // 5_000_000)
 
 
@@ -262,8 +270,11 @@ def save_checkpoint(path, net, s, classes, step, optimizer, pending, thresholds=
              optimizer=optimizer.state_dict(), thresholds=thresholds or {}), file))
 
 
-def resume(path, s, net, optimizer):
-    """Fill net and optimizer from a checkpoint; returns (step, pending losses). Refuses settings that differ."""
+def resume(path, s, net, optimizer, begin):
+    """Fill net and, past step `begin`, optimizer from a checkpoint; returns (step, pending losses).
+
+    Raises InputError listing the settings that differ.
+    """
     ckpt = infer.read_checkpoint(path)
     fixed = [f.name for f in dataclasses.fields(Settings) if not f.metadata["free"]]
     differ = [f"{k} was {ckpt['settings'].get(k)} and is {getattr(s, k)}" for k in fixed
@@ -271,14 +282,15 @@ def resume(path, s, net, optimizer):
     if differ:
         raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
     net.load_state_dict(ckpt["model"], strict=False)
-    optimizer.load_state_dict(ckpt["optimizer"])
-    return ckpt["step"], ckpt["pending"]
+    if ckpt["step"] > begin:
+        optimizer.load_state_dict(ckpt["optimizer"])
+    return max(begin, ckpt["step"]), ckpt["pending"]
 
 
 # ---------------------------------------------------------------- training
 
-def train(net, photos, s, device, rank=0, world=1):
-    """The loop. Returns the optimizer; leaves ckpt.pt and log.csv in s.out."""
+def train(net, photos, s, device, begin, end, rank=0, world=1):
+    """The loop, from step `begin` (or the checkpoint's) to `end`; leaves ckpt.pt and log.csv in s.out."""
     main, out = rank == 0, Path(s.out)
     trained = [p for p in net.parameters() if p.requires_grad]
     if s.optimizer == "sgd":
@@ -286,20 +298,23 @@ def train(net, photos, s, device, rank=0, world=1):
     else:
         optimizer = torch.optim.AdamW(trained, s.lr, (s.momentum, 0.999), weight_decay=s.weight_decay,
                                       fused=device.type == "cuda")
-    first, pending = resume(out / "ckpt.pt", s, net, optimizer) if s.resume else (0, [])
+    first, pending = resume(out / "ckpt.pt", s, net, optimizer, begin) if s.resume else (begin, [])
+    if first >= end:
+        return
+    frequencies = photos.frequencies() if isinstance(photos, data.Masked) else None
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     log = Log(out / "log.csv", first, s.log_every) if main else None
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
-    stream = Stream(len(photos), s.batch, s.seed, range(first, s.steps), rank, world)
+    stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
     source = Cached(photos, cached_features(net, photos, s, device)) if s.cache else photos
     loader = torch.utils.data.DataLoader(source, batch_sampler=stream, num_workers=s.workers,
                                          pin_memory=device.type == "cuda", persistent_workers=False)
     start, net = time.perf_counter(), net.train()
-    for step, (images, index, *labels) in zip(range(first, s.steps), loader):
-        lr = learning_rate(s, step)
+    for step, (images, index, *labels) in zip(range(first, end), loader):
+        lr = learning_rate(s, step, begin, end)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed((s.seed * 1_000_003 + step) * world + rank)     # dropout: a function of (seed, step) too
@@ -311,7 +326,8 @@ def train(net, photos, s, device, rank=0, world=1):
             scores = scores_of(images.float() if s.cache else net.frozen(images))     # (B, K, h, w)
         loss = tag_loss(net.aggregate(scores), tags, s.loss)
         if labels is not None:
-            loss = loss + pixel_loss(scores.float(), labels, net.rows)
+            shift = s.balance * frequencies.clamp(min=1e-4).log().to(device).view(1, -1, 1, 1)
+            loss = loss + pixel_loss(scores.float() + shift, labels, net.rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if world > 1:
@@ -320,19 +336,18 @@ def train(net, photos, s, device, rank=0, world=1):
 
         pending.append(loss.detach())
         done = step + 1
-        if done % s.log_every == 0 or done == s.steps:
+        if done % s.log_every == 0 or done == end:
             pending = [float(x) for x in torch.stack([torch.as_tensor(x, device=device) for x in pending]).cpu()]
             if not np.isfinite(pending).all():
                 raise InputError(blame(photos, stream, done, pending, out))
             if main:
                 log.write(done, done * s.batch, float(np.mean(pending)), lr, (done - first) * s.batch
-                          / (time.perf_counter() - start), s.steps)
+                          / (time.perf_counter() - start), end)
             pending = pending if done % s.log_every else []
-        if main and (done % s.save_every == 0 or done == s.steps or stop):
+        if main and (done % s.save_every == 0 or done == end or stop):
             save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, [float(x) for x in pending])
-        if stop and done < s.steps:
+        if stop and done < end:
             raise InputError(f"{out / 'ckpt.pt'}: interrupted and saved at step {done}; go on with --resume")
-    return optimizer
 
 
 def pixel_loss(scores, labels, rows):
@@ -341,6 +356,24 @@ def pixel_loss(scores, labels, rows):
     at = round(centre) + stride * torch.arange(max(scores.shape[2:]), device=labels.device)
     target = labels[:, at[:scores.shape[2]]][:, :, at[:scores.shape[3]]].long()
     return F.cross_entropy(scores, target, ignore_index=data.VOID, reduction="sum") / (target != data.VOID).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def label_training_images(net, photos, s, device, folder):
+    """Self-training: write labels that net, features and tags give each training image (background images: none)."""
+    features = cached_features(net, photos, s, device)
+    for i in data.progress(range(len(photos)), "training images labelled"):
+        present = torch.where(photos.tags[i, 1:] > 0)[0] + 1
+        if len(present):
+            x = torch.from_numpy(features[i, 0].astype(np.float32)).to(device)
+            scores = net.scores(x[None])[0].float()
+            margin = (x.shape[1] - scores.shape[1]) // 2                      # the head's convolutions are unpadded
+            x = x[:, margin:x.shape[1] - margin, margin:x.shape[2] - margin]
+            image = photos[i, 0.5][0]
+            cut = margin * image.shape[1] // (x.shape[1] + 2 * margin)
+            labels = infer.seeds(scores, x, present, image[:, cut:image.shape[1] - cut, cut:image.shape[2] - cut])
+            data.save_labels(folder / f"{Path(photos.paths[i]).stem}.png",
+                             np.pad(labels, 2 * margin, constant_values=data.VOID))
 
 
 def average(parameters, loss):
@@ -396,8 +429,8 @@ def main():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume")
     start = time.perf_counter()
     photos = load_photos(preset, s)
-    net = Net(s.trunk, len(photos.classes), [int(w) for w in s.head.split(",")] if s.head else None, s.aggregation, s.r,
-              s.dropout, s.train_convs, torch.Generator().manual_seed(s.seed))
+    net = Net(s.trunk, len(photos.classes), [int(w) for w in s.head.split(",")] if s.head else None, s.kernel, s.aggregation,
+              s.r, s.dropout, s.train_convs, torch.Generator().manual_seed(s.seed))
     if s.trunk != "tiny":
         infer.load_weights(net, s.trunk, s.weights)
     net.to(device).to(memory_format=torch.channels_last)
@@ -407,11 +440,18 @@ def main():
               + "".join(f", {k}={v}" for k, v in given.items()))
         data.write_atomically(out / "settings.json", lambda f: f.write(json.dumps(
             dict(dataclasses.asdict(s), commit=commit(), command=" ".join(sys.argv)), indent=1).encode()))
-    optimizer = train(net, photos, s, device, rank, world)
+    train(net, photos, s, device, 0, s.steps, rank, world)
+    if s.self_steps:
+        own = out / "self"
+        if rank == 0 and not (s.resume and infer.read_checkpoint(out / "ckpt.pt")["step"] > s.steps):
+            label_training_images(net, photos, s, device, own)
+        if world > 1:
+            dist.barrier()
+        train(net, data.Masked.of(photos, own), s, device, s.steps, s.steps + s.self_steps, rank, world)
     if rank == 0:
         net.eval()
         if preset == "toy":
-            scenes = data.toy_scenes(s.seed, 60)
+            scenes = data.toy_scenes(s.seed, s.toy_scenes)
             report = eval_voc.ladder(net, scenes, photos.classes)
             eval_voc.print_ladder(report)
             data.write_atomically(out / "scores.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
