@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 VOID = 255
 VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -162,6 +163,10 @@ class Photos:
 
     def __len__(self):
         return len(self.paths)
+
+    def image(self, i):
+        """Photo i as it is, (H, W, 3) uint8."""
+        return self.paths[i] if isinstance(self.paths[i], np.ndarray) else load_image(self.paths[i])
 
     def __getitem__(self, key):
         """(i, place of the cut in 0..1) -> image (3, size, size) uint8 and i; a broken file gives the next good one."""
@@ -417,7 +422,7 @@ def _toy_texture(kind, u, v, period, rng):
     wave = 2 * np.pi / period
     return {"stripes": np.sin(wave * u) > 0,
             "checker": (np.sin(wave * u / 1.3) > 0) ^ (np.sin(wave * v / 1.3) > 0),
-            "speckle": np.kron(rng.random((u.shape[0] // 2, u.shape[1] // 2)), np.ones((2, 2))) > 0.5,
+            "speckle": ndimage.uniform_filter(rng.random(u.shape), 2) > 0.5,
             "grid": np.maximum(np.cos(wave * u / 1.2), np.cos(wave * v / 1.2)) > 0.75}[kind]
 
 

@@ -153,11 +153,15 @@ def print_score(report, matrix, classes):
 
 # ---------------------------------------------------------------- the ladder
 
-def ladder(net, samples, classes, dense=1, sides=()):
-    """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict."""
+def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=None):
+    """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict.
+
+    delta: thresholds per prior, as in a checkpoint; bing, mcg: folders, see infer.Scene.
+    """
     matrices, images = {}, 0
     for name, image, truth in samples:
-        for row, labels in infer.rungs(net, infer.Scene(image), dense, sides):
+        scene = infer.Scene(image, delta, bing, mcg and Path(mcg, f"{name}.mat"))
+        for row, labels in infer.rungs(net, scene, dense, sides):
             try:
                 matrices[row] = matrices.get(row, 0) + confusion(truth, labels.astype(np.uint8), len(classes))
             except InputError as e:
@@ -166,20 +170,41 @@ def ladder(net, samples, classes, dense=1, sides=()):
     return dict(rows={row: summarise(m, classes, images) for row, m in matrices.items()}, classes=classes)
 
 
+def oracle_thresholds(net, samples, classes, dense=1, sides=(), bing=None, mcg=None, steps=200):
+    """delta per prior that is best for each class's IoU on the TRUE MASKS of samples: an upper bound, never a result."""
+    counts = {name: np.zeros((2, len(classes), steps), np.int64) for name in ("bb", "seg")}       # wrong, right
+    pixels = np.zeros(len(classes), np.int64)
+    for name, image, truth in samples:
+        scene = infer.Scene(image, None, bing, mcg and Path(mcg, f"{name}.mat"))
+        p, keep = infer.ilp(*infer.predict(net, image, dense, sides)), truth != VOID
+        k, pixels = p[1:].argmax(0) + 1, pixels + np.bincount(truth[keep], minlength=len(classes))
+        for prior, table in counts.items():
+            v = np.take_along_axis(p, k[None], 0)[0] * scene.objectness[prior]
+            bins = (v[keep] * steps).astype(int).clip(0, steps - 1)
+            np.add.at(table, ((truth == k)[keep].astype(int), k[keep], bins), 1)
+    deltas = {}
+    for prior, table in counts.items():
+        wrong, right = table[:, :, ::-1].cumsum(2)[:, :, ::-1]                 # drawn where v is in this bin or above
+        deltas[prior] = ((right / np.maximum(wrong + pixels[:, None], 1)).argmax(1) / steps).tolist()
+    return deltas
+
+
 def print_ladder(report):
     """One column a rung; for VOC's classes the paper's val mean below ours."""
     rows, classes = report["rows"], report["classes"]
     width = max(12, *map(len, classes))
+
+    def line(name, values):
+        print(f"{name:{width}} " + " ".join(f"{math.nan if v is None else v:{max(10, len(row))}.1f}"
+                                            for row, v in zip(rows, values)))
     print(f"{'':{width}} " + " ".join(f"{row:>10}" for row in rows))
     for name in classes:
-        print(f"{name:{width}} " + " ".join(f"{math.nan if r['iou'][name] is None else r['iou'][name]:10.1f}"
-                                            for r in rows.values()))
-    print(f"{'mean IoU':{width}} " + " ".join(f"{r['mean_iou_defined']:10.1f}" for r in rows.values()))
+        line(name, [r["iou"][name] for r in rows.values()])
+    line("mean IoU", [r["mean_iou_defined"] for r in rows.values()])
     if any(r["mean_iou"] is None for r in rows.values()):
         print(f"(over the {min(r['classes_defined'] for r in rows.values())} or more of {len(classes)} classes that occur)")
     if classes == data.VOC_CLASSES:
-        print(f"{'paper, val':{width}} " + " ".join(f"{np.mean(PAPER[row]) if row in PAPER else math.nan:10.1f}"
-                                                    for row in rows))
+        line("paper, val", [np.mean(PAPER[row]) if row in PAPER else None for row in rows])
 
 
 def voc_samples(voc, ids):
@@ -259,7 +284,10 @@ def main():
         else:
             sub.add_argument("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint lacks them")
             sub.add_argument("--limit", type=int, default=0, metavar="N", help="score N images spread over the set")
-            sub.add_argument("--dense", type=int, default=1, metavar="F", help="score grid F times finer than the stride")
+            sub.add_argument("--bing", metavar="DIR", help="BING's model for +bb [boxes around our own segments]")
+            sub.add_argument("--mcg", metavar="DIR", help="MCG's <image>.mat candidates for +seg [our own hierarchy]")
+            sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
+            sub.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
             sub.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     args, start = parser.parse_args(), time.perf_counter()
     if args.command == "score":
@@ -279,7 +307,15 @@ def main():
         ids = data.voc_ids(args.voc, args.set)
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        report = ladder(net, voc_samples(args.voc, ids), ckpt["classes"], args.dense, ckpt["sides"])
+        options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["settings"]["dense"], sides=ckpt["sides"], bing=args.bing, mcg=args.mcg)
+        delta, oracle = ckpt["thresholds"], args.oracle_thresholds
+        if oracle:
+            delta = oracle_thresholds(net, voc_samples(args.voc, data.voc_ids(args.voc, oracle)), **options)
+        report = ladder(net, voc_samples(args.voc, ids), delta=delta, **options)
+        if oracle:
+            print(f"ORACLE: bb and seg have thresholds fitted on the true masks of {oracle}; an upper bound, not a result")
+            report["oracle"] = f"thresholds of bb and seg fitted on the masks of {oracle}"
+            report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
         print_ladder(report)
         write_json(args.json, report)
     else:

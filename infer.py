@@ -51,19 +51,29 @@ def load_weights(net, trunk, path):
         raise InputError(e) from e
 
 
+def numbers(text):
+    """"512,256" -> [512, 256]."""
+    return [int(n) for n in text.split(",") if n]
+
+
+def build_net(s, classes, generator=None):
+    """The Net of a run's settings (a dict)."""
+    return Net(s["trunk"], classes, numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], s["r"], s["dropout"],
+               s["train_convs"], generator)
+
+
 def load_net(path, weights=None, device="cpu"):
     """(net in eval mode on the device, checkpoint). weights: the public trunk's file, where the checkpoint lacks it."""
     ckpt = read_checkpoint(path)
     s, classes = ckpt["settings"], ckpt["classes"]
-    head = [int(w) for w in s["head"].split(",")] if s["head"] else None
-    net = Net(s["trunk"], len(classes), head, s["kernel"], s["aggregation"], s["r"], s["dropout"], s["train_convs"])
+    net = build_net(s, len(classes))
     missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
     if unexpected or any(not k.startswith("trunk.") for k in missing):
         raise InputError(f"{path}: its tensors do not fit its settings ({(missing + unexpected)[0]})")
     if missing:
         load_weights(net, s["trunk"], weights or s["weights"])
         net.load_state_dict(ckpt["model"], strict=False)              # trained trunk layers win over the public ones
-    ckpt["sides"] = [int(n) for n in s["sides"].split(",") if n]
+    ckpt["sides"] = numbers(s["sides"])
     return net.to(device).to(memory_format=torch.channels_last).eval(), ckpt
 
 
@@ -544,8 +554,8 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     """Labels for a training image whose tags are known, for self-training; void where no class is sure.
 
     scores (K, h, w), features (D, h, w), present: indices of the tagged classes, image (3, S, S) uint8. A tagged class's
-    map is its margin over the untagged ones, spread to places of like features, refined on the image at 2h x 2w, and
-    compared with `threshold` (its maximum is 1) for background. Returns (2h, 2w) uint8.
+    map is its margin over the untagged ones, spread to places of like features, refined on the image at 4h x 4w, and
+    compared with `threshold` (its maximum is 1) for background. Returns (4h, 4w) uint8.
     """
     (K, h, w), absent = scores.shape, torch.ones(len(scores), dtype=torch.bool)
     absent[present] = absent[0] = False
@@ -557,8 +567,8 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     spread = (margin.flatten(1) @ affinity / affinity.sum(0)).view(-1, h, w)
     low, high = spread.amin((1, 2), keepdim=True), spread.amax((1, 2), keepdim=True)
     maps = torch.cat([torch.full((1, h, w), threshold, device=x.device), (spread - low) / (high - low).clamp(min=1e-6)])
-    maps = F.interpolate(maps[None], (2 * h, 2 * w), mode="bilinear", align_corners=False)[0]
-    guide = F.interpolate(image[None].float(), (2 * h, 2 * w), mode="area")[0].permute(1, 2, 0)
+    maps = F.interpolate(maps[None], (4 * h, 4 * w), mode="bilinear", align_corners=False)[0]
+    guide = F.interpolate(image[None].float(), (4 * h, 4 * w), mode="area")[0].permute(1, 2, 0)
     share = pixel_adaptive(maps.cpu().numpy(), guide.numpy() / 255)
     share /= share.sum(0)
     labels = np.concatenate([[0], present.cpu().numpy()])[share.argmax(0)]
@@ -587,6 +597,31 @@ class Scene:
             if regions.shape != shape:
                 raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but the image has {shape[1]}x{shape[0]}")
         return {"bb": cover_score(boxes[1], shape, boxes[0]), "seg": cover_score(scores, shape, None, segments, regions)}
+
+
+def tag_thresholds(net, samples, dense=1, sides=(), area=0.01):
+    """delta per prior from tags alone: {"bb": K floats, "seg": K floats}, background's 0.
+
+    samples: iterable of (image (H, W, 3) uint8, tags (K,) of 0/1). delta_k is where "class k is drawn on more than this
+    share of the picture" agrees best (F1) with the tags.
+    """
+    reached, tags = {"bb": [], "seg": []}, []
+    for image, present in samples:
+        scene, p = Scene(image), ilp(*predict(net, image, dense, sides))
+        best = np.where(p == p[1:].max(0), p, 0)                               # (K, H, W): p where the class wins
+        for name, rows in reached.items():
+            rows.append([np.quantile(v, 1 - area) for v in best * scene.objectness[name]])
+        tags.append(np.asarray(present))
+    deltas, tags = {}, np.array(tags) > 0                                                              # (N, K)
+    for name, rows in reached.items():
+        delta = np.zeros(tags.shape[1])
+        for k, v in enumerate(np.array(rows).T):
+            cuts = np.concatenate([[0], np.unique(v)])
+            drawn = v > cuts[:, None]                                                                  # (cuts, N)
+            f1 = 2 * (drawn & tags[:, k]).sum(1) / np.maximum(drawn.sum(1) + tags[:, k].sum(), 1)
+            delta[k] = cuts[f1.argmax()] if k else 0
+        deltas[name] = delta.tolist()
+    return deltas
 
 
 PRIORS = {                                               # name: f(p (K, H, W), Scene) -> labels (H, W)
@@ -655,9 +690,9 @@ def panel(rows, classes, width=150):
     return sheet
 
 
-def explain(net, image, truth, classes, sides=(), maps=4):
+def explain(net, image, truth, classes, dense=1, sides=(), maps=4):
     """One row of a panel: image, truth if known, base, +ILP, final, and heat maps of the classes with the largest q."""
-    p, q = predict(net, image, sides=sides)
+    p, q = predict(net, image, dense, sides)
     labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP+refine": PRIORS["refine"](ilp(p, q), Scene(image))}
     cells = [("image", image)] + ([("truth", data.voc_palette()[truth])] if truth is not None else [])
     cells += [(name, data.voc_palette()[label]) for name, label in labels.items()]
@@ -667,9 +702,9 @@ def explain(net, image, truth, classes, sides=(), maps=4):
     return cells, {int(k) for k in used}
 
 
-def save_panel(path, net, samples, classes, sides=()):
+def save_panel(path, net, samples, classes, dense=1, sides=()):
     """Write a panel of (name, image, truth or None) samples."""
-    sheet = panel([explain(net, image, truth, classes, sides) for _, image, truth in samples], classes)
+    sheet = panel([explain(net, image, truth, classes, dense, sides) for _, image, truth in samples], classes)
     data.write_atomically(path, lambda file: sheet.save(file, "png"))
 
 
@@ -684,7 +719,9 @@ def main():
     parser.add_argument("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint does not hold them")
     parser.add_argument("--prior", choices=list(PRIORS), default="none", help="what smooths the label map [none]")
     parser.add_argument("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7")
-    parser.add_argument("--dense", type=int, default=1, metavar="F", help="score grid F times finer than the stride [1]")
+    parser.add_argument("--bing", metavar="DIR", help="--prior bb: BING's model [boxes around our own segments]")
+    parser.add_argument("--mcg", metavar="DIR", help="--prior seg: MCG's <image>.mat candidates [our own hierarchy]")
+    parser.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
     parser.add_argument("--soft", action="store_true", help="also write the class scores as .npz")
     parser.add_argument("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
@@ -707,9 +744,10 @@ def main():
         except InputError as e:
             bad.append(str(e))
             continue
-        p, q = predict(net, image, args.dense, ckpt["sides"])
+        p, q = predict(net, image, args.dense or ckpt["settings"]["dense"], ckpt["sides"])
         p = ilp(p, q) if args.ilp else p
-        labels = PRIORS[args.prior](p, Scene(image))
+        labels = PRIORS[args.prior](p, Scene(
+            image, ckpt["thresholds"], args.bing, args.mcg and Path(args.mcg, f"{file.stem}.mat")))
         data.save_labels(out / f"{file.stem}.png", labels)
         if not args.voc:
             data.write_atomically(out / f"{file.stem}_overlay.png",

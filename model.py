@@ -51,8 +51,8 @@ class Trunk(NamedTuple):
     weights_url: str = ""
 
 
-_VGG16 = [conv(64, 3, pad=1), conv(64, 3, pad=1), pool(2, 2), conv(128, 3, pad=1), conv(128, 3, pad=1), pool(2, 2),
-          *[conv(256, 3, pad=1)] * 3, pool(2, 2), *[conv(512, 3, pad=1)] * 3]
+_VGG16 = [row for width, times in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+          for row in [conv(width, 3, pad=1)] * times + [pool(2, 2)]][:-1]
 TRUNKS = {
     # Section 3: OverFeat's "accurate" net up to its sixth convolution, before the third pool; 18,916,480 parameters.
     "overfeat": Trunk([conv(96, 7, 2), pool(3, 3), conv(256, 7), pool(2, 2), conv(512, 3, pad=1), conv(512, 3, pad=1),
@@ -61,9 +61,8 @@ TRUNKS = {
     "overfeat-fast": Trunk([conv(96, 11, 4), pool(2, 2), conv(256, 5), pool(2, 2), conv(512, 3, pad=1),
                             conv(1024, 3, pad=1), conv(1024, 3, pad=1)],
                            (118.380948,) * 3, (61.896913,) * 3, (1024, 768, 512), 400),
-    # VGG16's 13 convolutions with pools 4 and 5 left out; conv5 is dilated by 2 where pool 4 would have been.
-    "vgg16": Trunk(_VGG16 + [Row("conv", 512, 3, pad=2, dilation=2)] * 3,
-                   (123.0, 117.0, 104.0), (1.0, 1.0, 1.0), (256,), 320, 0.1,
+    # VGG16's 13 convolutions, without its fifth pool. --dense 2 sees pool 4 and conv5 at stride 8.
+    "vgg16": Trunk(_VGG16, (123.0, 117.0, 104.0), (1.0, 1.0, 1.0), (256,), 320, 0.1,
                    "https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth"),
     # For the toy: small enough to train from scratch on a laptop.
     "tiny": Trunk([conv(24, 5, 2), conv(32, 3), pool(2, 2), conv(64, 3, pad=1)],
@@ -176,17 +175,19 @@ def tag_loss(image_scores, tags, form="softmax"):
 class Net(nn.Module):
     """Trunk, head and aggregation. Freezes the trunk but for its last `train_convs` convolutions (-1: trains all).
 
-    trunk: a key of TRUNKS. head: hidden widths of its convolutions, kernel x kernel; one with `classes` outputs follows.
+    trunk: a key of TRUNKS. head: widths of its hidden convolutions; one with `classes` outputs follows. kernels: their
+    sides, the last for all that remain.
     generator: a CPU torch.Generator for the initial weights.
     """
 
-    def __init__(self, trunk="overfeat", classes=21, head=None, kernel=3, aggregation="lse", r=5.0, dropout=0.5,
+    def __init__(self, trunk="overfeat", classes=21, head=None, kernels=(3,), aggregation="lse", r=5.0, dropout=0.5,
                  train_convs=0, generator=None):
         super().__init__()
         self.spec, self.r, self.dropout = TRUNKS[trunk], r, dropout
         self.pool_scores = AGGREGATIONS[aggregation]
         widths = list(self.spec.head if head is None else head) + [classes]
-        self.head_rows = [conv(width, kernel) for width in widths]  # Table 1: 3x3, unpadded
+        kernels = list(kernels) + [kernels[-1]] * len(widths)
+        self.head_rows = [conv(width, kernel) for width, kernel in zip(widths, kernels)]   # Table 1: unpadded, 3x3
         convs, channels = nn.ModuleList(), 3
         for row in self.rows:
             if row.kind == "conv":

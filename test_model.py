@@ -401,7 +401,7 @@ def test_submission_archive(voc, tmp_path):
 
 # ---------------------------------------------------------------- training
 
-TOY = ("--toy-images", 24, "--toy-scenes", 1, "--batch", 4, "--log-every", 2, "--schedule", "steps", "--device", "cpu")
+TOY = ("--toy-images", 24, "--toy-scenes", 1, "--threshold-images", 2, "--batch", 4, "--log-every", 2, "--schedule", "steps", "--device", "cpu")
 
 
 def tensors(path):
@@ -487,7 +487,7 @@ def test_weak_training_and_inference_open_no_mask(voc, tmp_path):
     """Every file that Python opens is recorded; with --masks the same record shows them, so the test can fail."""
     weights = tmp_path / "vgg.pth"
     save_vgg(weights)
-    args = ("voc", "--voc", voc, "--set", "val", "--weights", weights, "--steps", 2, "--size", 64, "--head", "8", "--device", "cpu",
+    args = ("voc", "--voc", voc, "--set", "val", "--weights", weights, "--steps", 2, "--self-steps", 2, "--size", 64, "--head", "8", "--threshold-images", 2, "--device", "cpu",
             "--batch", 2, "--out", tmp_path / "o")
     OPENED.clear()
     assert call("train", *args)[0] == 0

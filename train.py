@@ -54,6 +54,7 @@ class Settings:
     views: int = opt("data", 2, "cached views of an image: the first plain, the second flipped, others jittered")
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
     size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)")
+    threshold_images: int = opt("data", 100, "training images from whose tags the thresholds delta are fitted", free=True)
     toy_images: int = opt("data", 3000, "toy: training images drawn from the seed")
     toy_scenes: int = opt("data", 40, "toy: scenes to label and score at the end", free=True)
 
@@ -61,7 +62,8 @@ class Settings:
     weights: str = opt("model", "", "the trunk's weights; vgg16's are fetched when not given", free=True)
     train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)")
     head: str = opt("model", "", "hidden widths of the head, e.g. 1024,768,512 (empty: the trunk's own)")
-    kernel: int = opt("model", 3, "side of the head's kernels (paper: 3)")
+    kernel: str = opt("model", "3", "sides of the head's kernels, the last for all that remain (paper: 3)")
+    dense: int = opt("model", 1, "at test time the score grid is so many times finer than the stride", free=True)
     sides: str = opt("model", "", "at test time images are brought to side*side pixels, scores averaged (empty: as they are)",
                      free=True)
     aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", list(AGGREGATIONS))
@@ -77,7 +79,8 @@ class Settings:
     weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005")
     batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)")
     steps: int = opt("optimiser", 1000, "optimiser steps on tags (paper: about a week of them)", free=True)
-    self_steps: int = opt("optimiser", 0, "further steps on labels that the net itself gives the training images", free=True)
+    self_steps: int = opt("optimiser", 0, "then steps on labels that the net itself gives the training images", free=True)
+    self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", free=True)
     balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies")
     jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (with a cache: cached views)")
 
@@ -94,11 +97,12 @@ class Settings:
 
 PRESETS = {
     "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2500, dropout=0.0,
-                weight_decay=1e-4, jitter=False),
-    "voc": dict(head="512", kernel=1, optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1000, self_steps=700,
-                weight_decay=1e-4, amp=True, size=288),
+                weight_decay=1e-4, jitter=False, log_every=100),
+    "voc": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1100,
+                self_steps=900, self_rounds=2, weight_decay=1e-4, amp=True, size=288, views=1),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
-    "folder": dict(head="512", kernel=1, optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500, weight_decay=1e-4),
+    "folder": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500,
+                   weight_decay=1e-4),
 }
 
 
@@ -119,14 +123,14 @@ def parse(argv):
     preset = given.pop("preset")
     settings = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for flag, low in dict(batch=1, steps=1, lr=0, r=1e-6, log_every=1, save_every=1, workers=0, limit=0, size=0, views=1,
-                          toy_images=1, toy_scenes=1, self_steps=0).items():
+                          toy_images=1, toy_scenes=1, threshold_images=1, self_steps=0).items():
         if not getattr(settings, flag) >= low:
             parser.error(f"argument --{flag.replace('_', '-')}: {getattr(settings, flag)} is below {low}")
     needs = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
     for flag in needs:
         if not getattr(settings, flag):
             parser.error(f"{preset} needs --{flag} ({dict(parser._option_string_actions)['--' + flag].help})")
-    for flag in ("head", "sides"):
+    for flag in ("head", "kernel", "sides"):
         if not all(w.isdigit() and int(w) for w in getattr(settings, flag).split(",") if getattr(settings, flag)):
             parser.error(f"argument --{flag}: '{getattr(settings, flag)}' is not a list of numbers such as 1024,768,512")
     if settings.train_convs < 0:
@@ -134,6 +138,11 @@ def parse(argv):
     elif preset in ("voc", "folder") and not settings.cache:
         settings.cache = f"{settings.out}/cache"
     settings.cache = "" if settings.cache == "no" else settings.cache
+    settings.self_steps = 0 if settings.masks else settings.self_steps      # the labels are given
+    if settings.self_steps and not settings.cache:
+        parser.error("argument --self-steps: needs the features of a --cache, and a trunk that is frozen in part")
+    if settings.masks and preset not in ("voc", "folder"):
+        parser.error("argument --masks: only for voc and folder")
     settings.size = settings.size or TRUNKS[settings.trunk].size
     if preset in ("voc", "folder"):                                 # whole photographs, squashed to size x size
         settings.sides = settings.sides or f"{settings.size},{settings.size * 3 // 2}"
@@ -261,13 +270,13 @@ def commit():
         return "unknown"
 
 
-def save_checkpoint(path, net, s, classes, step, optimizer, pending, thresholds=None):
+def save_checkpoint(path, net, s, classes, step, optimizer, pending):
     """Plain tensors and values only. A frozen trunk with public weights is left out; its file is named instead."""
     keep = {k: v.cpu() for k, v in net.state_dict().items()
             if not (k.startswith("trunk.") and int(k.split(".")[1]) < net.frozen_convs and s.trunk != "tiny")}
     data.write_atomically(path, lambda file: torch.save(
         dict(format=1, step=step, settings=dataclasses.asdict(s), classes=classes, model=keep, pending=pending,
-             optimizer=optimizer.state_dict(), thresholds=thresholds or {}), file))
+             optimizer=optimizer.state_dict(), thresholds={}), file))
 
 
 def resume(path, s, net, optimizer, begin):
@@ -373,7 +382,7 @@ def label_training_images(net, photos, s, device, folder):
             cut = margin * image.shape[1] // (x.shape[1] + 2 * margin)
             labels = infer.seeds(scores, x, present, image[:, cut:image.shape[1] - cut, cut:image.shape[2] - cut])
             data.save_labels(folder / f"{Path(photos.paths[i]).stem}.png",
-                             np.pad(labels, 2 * margin, constant_values=data.VOID))
+                             np.pad(labels, 4 * margin, constant_values=data.VOID))
 
 
 def average(parameters, loss):
@@ -429,8 +438,7 @@ def main():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume")
     start = time.perf_counter()
     photos = load_photos(preset, s)
-    net = Net(s.trunk, len(photos.classes), [int(w) for w in s.head.split(",")] if s.head else None, s.kernel, s.aggregation,
-              s.r, s.dropout, s.train_convs, torch.Generator().manual_seed(s.seed))
+    net = infer.build_net(dataclasses.asdict(s), len(photos.classes), torch.Generator().manual_seed(s.seed))
     if s.trunk != "tiny":
         infer.load_weights(net, s.trunk, s.weights)
     net.to(device).to(memory_format=torch.channels_last)
@@ -441,21 +449,30 @@ def main():
         data.write_atomically(out / "settings.json", lambda f: f.write(json.dumps(
             dict(dataclasses.asdict(s), commit=commit(), command=" ".join(sys.argv)), indent=1).encode()))
     train(net, photos, s, device, 0, s.steps, rank, world)
-    if s.self_steps:
-        own = out / "self"
-        if rank == 0 and not (s.resume and infer.read_checkpoint(out / "ckpt.pt")["step"] > s.steps):
+    for turn in range(s.self_rounds if s.self_steps else 0):
+        own, begin = out / f"self{turn + 1}", s.steps + turn * s.self_steps
+        if rank == 0 and not (s.resume and infer.read_checkpoint(out / "ckpt.pt")["step"] > begin):
             label_training_images(net, photos, s, device, own)
         if world > 1:
             dist.barrier()
-        train(net, data.Masked.of(photos, own), s, device, s.steps, s.steps + s.self_steps, rank, world)
+        train(net, data.Masked.of(photos, own), s, device, begin, begin + s.self_steps, rank, world)
     if rank == 0:
         net.eval()
+        sides = infer.numbers(s.sides)
+        few = np.linspace(0, len(photos) - 1, min(s.threshold_images, len(photos))).astype(int)
+        delta = infer.tag_thresholds(net, ((photos.image(i), photos.tags[i]) for i in data.progress(few, "thresholds")),
+                                     s.dense, sides)
+        ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=delta)
+        data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
         if preset == "toy":
             scenes = data.toy_scenes(s.seed, s.toy_scenes)
-            report = eval_voc.ladder(net, scenes, photos.classes)
+            report = eval_voc.ladder(net, scenes, photos.classes, s.dense, delta=delta)
             eval_voc.print_ladder(report)
             data.write_atomically(out / "scores.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-            infer.save_panel(out / "panel.png", net, scenes[:6], photos.classes)
+            samples = scenes[:6]
+        else:
+            samples = [(i, photos.image(i), None) for i in few[:: max(1, len(few) // 8)]]
+        infer.save_panel(out / "panel.png", net, samples, photos.classes, s.dense, sides)
         print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
 
 
