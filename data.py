@@ -201,7 +201,7 @@ class Masked(Photos):
             raise InputError(f"{folder}: no <image name>.png for any of the {len(photos)} training images")
         kept = photos.take(keep)
         masked = cls(kept.paths, kept.tags, kept.classes, kept.size)
-        masked.files = [files[i] if files[i].is_file() else None for i in keep]
+        masked.files, masked.rows = [files[i] if files[i].is_file() else None for i in keep], keep
         return masked
 
     def labels(self, i):

@@ -141,22 +141,6 @@ def _not_heaviest(right, down, diag, anti):
     return keep
 
 
-def _unique_pairs(n, a, b, w):
-    """Indices of edges (a, b, w) between n nodes, leaving out edges that repeat a pair at no less weight.
-
-    A hash table of one slot per residue holds each slot's lightest edge; an edge goes only if that one joins the same
-    two nodes, so a clash of different pairs costs speed, not correctness.
-    """
-    key = np.minimum(a, b).astype(np.int64) * n + np.maximum(a, b)
-    slot = key % 1048573                                                    # a prime below 2**20
-    low = np.full(1048573, np.inf)
-    np.minimum.at(low, slot, w)
-    best, i = np.empty(1048573, np.int64), np.flatnonzero(w == low[slot])[::-1]
-    best[slot[i]] = i                                                       # the first of equals is written last
-    best = best[slot]
-    return np.flatnonzero((best == np.arange(len(key))) | (key[best] != key))
-
-
 def _roots(parent):
     """Union-find parents (list of n) -> root of every node, (n,) int32."""
     parent = np.array(parent, np.int32)
@@ -168,26 +152,18 @@ def _roots(parent):
 def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
     """Felzenszwalb & Huttenlocher's graph-based segmentation (IJCV 2004) of an 8-connected pixel grid.
 
-    image: (H, W, 3) uint8, or floats in [0, 1]; scale: their k (in units of 255 grey levels, larger = larger segments);
-    sigma: pixels of Gaussian smoothing; min_size: pixels. Returns (H, W) int32 labels 0..n-1 in raster order of each
-    segment's first pixel. Same edges, costs and post-processing as skimage.segmentation.felzenszwalb; equal
-    costs are taken in the order of `_grid_edges` (raster order inside), where skimage leaves ties to its sort.
+    image: (H, W, 3) uint8; scale: their k, in grey levels of 255 (larger = larger segments); sigma: pixels of Gaussian
+    smoothing; min_size: pixels. Returns (H, W) int32 labels 0..n-1 in raster order of each segment's first pixel.
 
     The sequential algorithm visits edges by rising cost w and joins A and B if w < Int(A) + k/|A| and < Int(B) + k/|B|.
-    Three shortcuts that leave its result unchanged:
-    - If one edge is the lightest leaving A and also the lightest leaving B, nothing can happen to A or B before its
-      turn, so it can be decided now; `rounds` passes decide all such edges of the image at once.
-    - Of several edges between A and B only the lightest matters: it joins them, or one of the two is too tight for
-      this and hence for every later edge.
-    - The few edges left are visited one by one.
-    Raises ValueError for an image that is not (H, W, 3) with H, W >= 2.
+    Two shortcuts leave its result unchanged. If an edge is the lightest leaving A and also the lightest leaving B, nothing
+    happens to either before its turn, so `rounds` passes decide all such edges of the image at once. And of several edges
+    between A and B only the lightest matters: it joins them, or one of the two is too tight for all later ones.
     """
-    image = np.asarray(image)
-    if image.ndim != 3 or min(image.shape[:2]) < 2:
-        raise ValueError(f"image must be (H, W, 3) with H, W >= 2, got {image.shape}")
-    H, W, k = *image.shape[:2], scale / 255
-    planes = np.moveaxis(image / 255.0 if image.dtype == np.uint8 else image.astype(float), 2, 0)
-    planes = np.stack([ndimage.gaussian_filter(p, sigma) for p in planes])  # (3, H, W)
+    (H, W), k, image = image.shape[:2], scale / 255, np.pad(image, [(0, n < 2) for n in image.shape[:2]] + [(0, 0)], "edge")
+    if image.shape[:2] != (H, W):                                           # one pixel wide or high
+        return superpixels(image, scale, sigma, min_size, rounds)[:H, :W]
+    planes = np.stack([ndimage.gaussian_filter(c, sigma) for c in np.moveaxis(image / 255.0, 2, 0)])    # (3, H, W)
     edges = _grid_edges(planes)
 
     # Bulk: rounds of mutually lightest edges.
@@ -219,11 +195,12 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
         live = np.flatnonzero(a != b)
         a, b, w = a[live], b[live], w[live]
 
-    # The rest, one by one.
+    # The rest, one by one: all edges again, the lightest between each two segments.
     a, b, w = (np.concatenate(x) for x in zip(*[(labels[p][m], labels[q][m], c[m]) for c, p, q in edges
                                                 for m in [labels[p] != labels[q]]]))
-    keep = _unique_pairs(n, a, b, w)
-    keep = keep[np.argsort(w[keep], kind="stable")]
+    order = np.argsort(w, kind="stable")
+    a, b, w = a[order], b[order], w[order]
+    keep = np.sort(np.unique(np.minimum(a, b) * n + np.maximum(a, b), return_index=True)[1])
     a, b, w = a[keep], b[keep], w[keep]
     parent, limit, count = list(range(n)), (inner + k / size).tolist(), size.tolist()
     for i, j, cost in zip(a.tolist(), b.tolist(), w.tolist()):
@@ -237,22 +214,15 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
             parent[j] = i
             count[i] += count[j]
             limit[i] = cost + k / count[i]
-    parent = _roots(parent)
-    # Segments below min_size join the neighbour across their lightest edge.
-    a, b = parent[a], parent[b]
-    live = a != b
-    a, b = a[live], b[live]
-    keep = _unique_pairs(n, a, b, np.arange(len(a)))
-    tree = parent.tolist()
-    for i, j in zip(a[keep].tolist(), b[keep].tolist()):
-        while i != tree[i]:
-            tree[i] = i = tree[tree[i]]
-        while j != tree[j]:
-            tree[j] = j = tree[tree[j]]
+    for i, j in zip(a.tolist(), b.tolist()):                                # too small: join across the lightest edge
+        while i != parent[i]:
+            i = parent[i]
+        while j != parent[j]:
+            j = parent[j]
         if i != j and (count[i] < min_size or count[j] < min_size):
-            tree[j] = i
+            parent[j] = i
             count[i] += count[j]
-    labels = _roots(tree)[labels].ravel()
+    labels = _roots(parent)[labels].ravel()
     first, rank = np.full(n, H * W), np.empty(n, np.int32)
     first[labels[::-1]] = np.arange(H * W)[::-1]                            # a segment's first pixel
     rank[np.argsort(first)] = np.arange(n)
@@ -377,25 +347,25 @@ def cover_score(scores, shape, boxes=None, segments=None, labels=None):
     return np.divide(total[0], total[1], out=np.zeros((H, W)), where=covered).astype(np.float32)
 
 
-def read_bing(model_dir, space="MAXBGR"):
+def read_bing(model_dir):
     """BING's trained model -> (filter (8, 8), sizes (n, 2) of box (height, width), calibration (n, 2)).
 
-    Reads ObjNessB2W8<space>.{wS1,idx,wS2}.yml.gz, OpenCV FileStorage YAML; B2: sizes are powers of two 2^4..2^9 (index
-    6 * row + column), W8: the filter is 8 by 8. ValueError if a file is not such a matrix; OSError if it is missing.
+    Reads ObjNessB2W8MAXBGR.{wS1,idx,wS2}.yml.gz, OpenCV FileStorage YAML; B2: sizes are powers of two 2^4..2^9 (index
+    6 * row + column), W8: the filter is 8 by 8. Raises InputError if a file is not such a matrix.
     """
     mats = []
     for part in ("wS1", "idx", "wS2"):
-        path = Path(model_dir) / f"ObjNessB2W8{space}.{part}.yml.gz"
+        path = Path(model_dir) / f"ObjNessB2W8MAXBGR.{part}.yml.gz"
         try:
             text = gzip.decompress(path.read_bytes()).decode()
-            rows, cols, data = re.search(r"rows:\s*(\d+)\s+cols:\s*(\d+).*?data:\s*\[(.*?)\]", text, re.S).groups()
-            mats.append(np.array(data.split(","), np.float32).reshape(int(rows), int(cols)))
+            rows, cols, values = re.search(r"rows:\s*(\d+)\s+cols:\s*(\d+).*?data:\s*\[(.*?)\]", text, re.S).groups()
+            mats.append(np.array(values.split(","), np.float32).reshape(int(rows), int(cols)))
         except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, AttributeError, ValueError) as e:
-            raise ValueError(f"{path} is not an OpenCV matrix in gzipped YAML") from e
+            raise InputError(f"{path}: not an OpenCV matrix in gzipped YAML; expected BING's trained model") from e
     kernel, index, calibration = mats
     index = index.ravel().astype(int)
     if kernel.shape != (8, 8) or calibration.shape != (len(index), 2) or not ((index >= 0) & (index < 36)).all():
-        raise ValueError(f"{model_dir}: {space} model has parts of shape {[m.shape for m in mats]}")
+        raise InputError(f"{model_dir}: the model's parts have shapes {[m.shape for m in mats]}; expected 8x8, n, nx2")
     return kernel, 2 ** np.stack([index // 6 + 4, index % 6 + 4], 1), calibration
 
 
@@ -409,50 +379,26 @@ def normed_gradient(image):
     return np.minimum(np.abs(gx).max(2) + np.abs(gy).max(2), 255)
 
 
-def spread_peaks(score, most, radius=2):
-    """Greedy non-maximum suppression: flat indices, best first, of at most `most` points of score (h, w), each farther
-    than `radius` rows or columns from every better one. Equal scores: raster order."""
-    h, w = score.shape
-    side, keep = 2 * radius + 1, []
-    enough = min(score.size, most * side * side)                            # a kept point rules out side**2 at most
-    best = np.sort(np.argpartition(-score.ravel(), enough - 1)[:enough])
-    best = best[np.argsort(-score.ravel()[best], kind="stable")]
-    width = w + 2 * radius                                                  # `near`: map with a margin, rows end to end
-    near, block = bytearray(width * (h + 2 * radius)), b"\1" * side
-    for i, at in zip(best.tolist(), (best + best // w * 2 * radius + radius * width + radius).tolist()):
-        if not near[at]:
-            keep.append(i)
-            if len(keep) == most:
-                break
-            for left in range(at - radius * width - radius, at + radius * width, width):
-                near[left:left + side] = block
-    return np.array(keep)
+def bing(image, model_dir, n=1000, per_size=130):
+    """Class-free object boxes from a trained BING model (Cheng et al., CVPR 2014): a filter on 8x8 normed gradients.
 
-
-def bing(image, model_dir, n=1000, spaces=("MAXBGR",), per_size=130):
-    """Class-free object boxes from a trained BING model (Cheng et al., CVPR 2014).
-
-    image: (H, W, 3) uint8 RGB; model_dir: see `read_bing`; spaces: colour spaces whose boxes are pooled, of "MAXBGR", "I";
-    per_size: boxes kept per window size. Returns boxes (n', 4) float32 x0 y0 x1 y1 (pixels, x1 and y1 outside) and
-    scores (n',) in [0, 1], best first, n' <= n.
+    image: (H, W, 3) uint8 RGB; model_dir: see `read_bing`; per_size: boxes kept per window size. Returns boxes (n', 4)
+    float32 x0 y0 x1 y1 (pixels, x1 and y1 outside) and scores (n',) in [0, 1], best first, n' <= n.
     """
-    H, W = image.shape[:2]
-    boxes, scores = [], []
-    for space in spaces:
-        kernel, sizes, calibration = read_bing(model_dir, space)
-        picture = Image.fromarray(image) if space == "MAXBGR" else Image.fromarray(image).convert("L")
-        kernel = torch.from_numpy(kernel)[None, None]
-        for (h, w), (gain, bias) in zip(sizes, calibration):
-            if h > 2 * H or w > 2 * W:
-                continue
-            h, w = min(h, H), min(w, W)
-            small = np.asarray(picture.resize((round(8 * W / w), round(8 * H / h)), Image.BILINEAR))
-            ng = normed_gradient(small.reshape(small.shape[:2] + (-1,))).astype(np.float32)
-            score = F.conv2d(torch.from_numpy(ng)[None, None], kernel)[0, 0].numpy()   # one per top left corner
-            top = spread_peaks(score, per_size)
-            y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
-            boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
-            scores.append(score.ravel()[top] * gain + bias)
+    (H, W), boxes, scores = image.shape[:2], [], []
+    kernel, sizes, calibration = read_bing(model_dir)
+    for (h, w), (gain, bias) in zip(sizes, calibration):
+        if h > 2 * H or w > 2 * W:
+            continue
+        h, w = min(h, H), min(w, W)
+        small = Image.fromarray(image).resize((round(8 * W / w), round(8 * H / h)), Image.BILINEAR)
+        ng = torch.from_numpy(normed_gradient(np.asarray(small)).astype(np.float32))
+        score = F.conv2d(ng[None, None], torch.from_numpy(kernel)[None, None])[0, 0].numpy()   # one per top left corner
+        peaks = np.flatnonzero(score == ndimage.maximum_filter(score, 5))
+        top = peaks[np.argsort(-score.ravel()[peaks], kind="stable")[:per_size]]
+        y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
+        boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
+        scores.append(score.ravel()[top] * gain + bias)
     boxes, scores = np.concatenate(boxes).astype(np.float32), np.concatenate(scores)
     best = np.argsort(-scores, kind="stable")[:n]
     boxes, scores = boxes[best], scores[best]
@@ -460,31 +406,28 @@ def bing(image, model_dir, n=1000, spaces=("MAXBGR",), per_size=130):
 
 
 def read_mcg(path):
-    """MCG's released proposals -> labels (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) as stored.
+    """MCG's released proposals -> labels (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) scaled to 0..1.
 
     path: .mat with `superpixels` (H, W) 1..S, `labels` N cells each listing a candidate's superpixels, `scores` (N, 1).
-    ValueError if the file is not of that form; OSError if it cannot be opened.
+    Raises InputError if the file is not of that form.
     """
-    with open(path, "rb") as file:
-        try:
+    try:
+        with open(path, "rb") as file:
             mat = scipy.io.loadmat(file)
-        except Exception as e:                                              # loadmat raises many kinds on broken files
-            raise ValueError(f"{path} is not a MATLAB file that scipy reads: {e}") from e
-    missing = [k for k in ("superpixels", "labels", "scores") if k not in mat]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    labels, cells, scores = np.asarray(mat["superpixels"]), mat["labels"].ravel(), np.asarray(mat["scores"]).ravel()
-    if labels.ndim != 2 or labels.size == 0 or labels.dtype.kind not in "uif" or labels.min() < 1:
-        raise ValueError(f"{path}: superpixels must be (H, W), numbered from 1")
-    if cells.dtype != object or len(cells) != len(scores) or scores.dtype.kind not in "uif":
-        raise ValueError(f"{path}: {len(cells)} cells in labels, {len(scores)} scores")
-    S, parts = int(labels.max()), [np.ravel(c) for c in cells]
-    member = np.concatenate(parts) if parts else np.zeros(0)
-    if member.dtype.kind not in "uif" or (len(member) and not 1 <= member.min() <= member.max() <= S):
-        raise ValueError(f"{path}: labels name superpixels outside 1..{S}")
-    segments = np.zeros((len(parts), S), bool)
-    segments[np.repeat(np.arange(len(parts)), [len(p) for p in parts]), member.astype(int) - 1] = True
-    return labels.astype(np.int32) - 1, segments, scores.astype(float)
+        labels, scores = np.asarray(mat["superpixels"]), np.asarray(mat["scores"], float).ravel()
+        parts = [np.asarray(cell, int).ravel() - 1 for cell in mat["labels"].ravel()]
+        fits = labels.ndim == 2 and labels.min() >= 1 and len(parts) == len(scores) and np.isfinite(scores).all()
+        segments = np.zeros((len(parts), int(labels.max())), bool)
+        for row, part in zip(segments, parts):
+            row[part] = True
+            fits = fits and part.min(initial=0) >= 0
+    except OSError:
+        raise
+    except Exception as e:                                # scipy raises many kinds on damaged files
+        raise InputError(f"{path}: not MCG's proposals ({type(e).__name__}); expected superpixels, labels, scores") from e
+    if not fits:
+        raise InputError(f"{path}: not MCG's proposals; superpixels count from 1, and every candidate has one score")
+    return labels.astype(np.int32) - 1, segments, (scores - scores.min()) / max(np.ptp(scores), 1e-12)
 
 
 # ---------------------------------------------------------------- smoothing priors (section 4)

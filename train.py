@@ -143,6 +143,9 @@ def parse(argv):
         parser.error("argument --self-steps: needs the features of a --cache, and a trunk that is frozen in part")
     if settings.masks and preset not in ("voc", "folder"):
         parser.error("argument --masks: only for voc and folder")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch % world:
+        parser.error(f"argument --batch: {settings.batch} images cannot be shared by {world} processes")
     settings.size = settings.size or TRUNKS[settings.trunk].size
     if preset in ("voc", "folder"):                                 # whole photographs, squashed to size x size
         settings.sides = settings.sides or f"{settings.size},{settings.size * 3 // 2}"
@@ -165,7 +168,7 @@ def load_photos(preset, s):
     if s.limit and s.limit < len(photos):
         photos = photos.take(np.linspace(0, len(photos) - 1, s.limit).astype(int).tolist())
     photos.size, photos.cut = s.size, preset == "paper"
-    return data.Masked.of(photos, s.masks) if s.masks else photos
+    return photos
 
 
 # ---------------------------------------------------------------- batches
@@ -253,10 +256,11 @@ class Cached(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         i, place = key
-        view = int(place * self.features.shape[1])
-        labels = self.photos.labels(i) if isinstance(self.photos, data.Masked) else None
-        out = torch.from_numpy(self.features[i, view].copy()), i
-        return out if labels is None else (*out, labels.flip(1) if view == 1 else labels)
+        view, masked = int(place * self.features.shape[1]), isinstance(self.photos, data.Masked)
+        features = torch.from_numpy(self.features[self.photos.rows[i] if masked else i, view].copy())
+        if not masked:
+            return features, i
+        return features, i, self.photos.labels(i).flip(1) if view == 1 else self.photos.labels(i)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -298,8 +302,11 @@ def resume(path, s, net, optimizer, begin):
 
 # ---------------------------------------------------------------- training
 
-def train(net, photos, s, device, begin, end, rank=0, world=1):
-    """The loop, from step `begin` (or the checkpoint's) to `end`; leaves ckpt.pt and log.csv in s.out."""
+def train(net, photos, features, s, device, begin, end, rank=0, world=1):
+    """The loop, from step `begin` (or the checkpoint's) to `end`; leaves ckpt.pt and log.csv in s.out.
+
+    features: those of `cached_features`, or None to run the trunk on the pixels.
+    """
     main, out = rank == 0, Path(s.out)
     trained = [p for p in net.parameters() if p.requires_grad]
     if s.optimizer == "sgd":
@@ -310,7 +317,8 @@ def train(net, photos, s, device, begin, end, rank=0, world=1):
     first, pending = resume(out / "ckpt.pt", s, net, optimizer, begin) if s.resume else (begin, [])
     if first >= end:
         return
-    frequencies = photos.frequencies() if isinstance(photos, data.Masked) else None
+    if isinstance(photos, data.Masked):                           # classes that are rare in the labels are not to be given up
+        shift = s.balance * photos.frequencies().clamp(min=1e-4).log().to(device).view(1, -1, 1, 1)
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     log = Log(out / "log.csv", first, s.log_every) if main else None
 
@@ -318,9 +326,8 @@ def train(net, photos, s, device, begin, end, rank=0, world=1):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
-    source = Cached(photos, cached_features(net, photos, s, device)) if s.cache else photos
-    loader = torch.utils.data.DataLoader(source, batch_sampler=stream, num_workers=s.workers,
-                                         pin_memory=device.type == "cuda", persistent_workers=False)
+    loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features), batch_sampler=stream,
+                                         num_workers=s.workers, pin_memory=device.type == "cuda")
     start, net = time.perf_counter(), net.train()
     for step, (images, index, *labels) in zip(range(first, end), loader):
         lr = learning_rate(s, step, begin, end)
@@ -329,13 +336,12 @@ def train(net, photos, s, device, begin, end, rank=0, world=1):
         torch.manual_seed((s.seed * 1_000_003 + step) * world + rank)     # dropout: a function of (seed, step) too
         images, tags = images.to(device, non_blocking=True), photos.tags[index].to(device, non_blocking=True)
         labels = labels[0].to(device, non_blocking=True) if labels else None
-        if s.jitter and not s.cache:
+        if s.jitter and features is None:
             images, labels = data.augment(images, draws(s, step, s.batch, stream.share), labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-            scores = scores_of(images.float() if s.cache else net.frozen(images))     # (B, K, h, w)
+            scores = scores_of(net.frozen(images) if features is None else images.float())     # (B, K, h, w)
         loss = tag_loss(net.aggregate(scores), tags, s.loss)
         if labels is not None:
-            shift = s.balance * frequencies.clamp(min=1e-4).log().to(device).view(1, -1, 1, 1)
             loss = loss + pixel_loss(scores.float() + shift, labels, net.rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -345,18 +351,29 @@ def train(net, photos, s, device, begin, end, rank=0, world=1):
 
         pending.append(loss.detach())
         done = step + 1
-        if done % s.log_every == 0 or done == end:
-            pending = [float(x) for x in torch.stack([torch.as_tensor(x, device=device) for x in pending]).cpu()]
+        logs, halt = done % s.log_every == 0 or done == end, bool(stop)
+        if world > 1:                                             # all processes stop at the same step, asked at logging only
+            halt = logs and agree(halt, device)
+        saves = done % s.save_every == 0 or done == end or halt
+        if logs or saves:                                         # the only synchronisation with the device
+            pending = torch.stack([torch.as_tensor(x, device=device) for x in pending]).tolist()
             if not np.isfinite(pending).all():
                 raise InputError(blame(photos, stream, done, pending, out))
-            if main:
-                log.write(done, done * s.batch, float(np.mean(pending)), lr, (done - first) * s.batch
-                          / (time.perf_counter() - start), end)
-            pending = pending if done % s.log_every else []
-        if main and (done % s.save_every == 0 or done == end or stop):
-            save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, [float(x) for x in pending])
-        if stop and done < end:
+        if main and logs:
+            log.write(done, done * s.batch, float(np.mean(pending)), lr, (done - first) * s.batch / (time.perf_counter() - start), end)
+        if done % s.log_every == 0:
+            pending = []
+        if main and saves:
+            save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, pending)
+        if halt and done < end:
             raise InputError(f"{out / 'ckpt.pt'}: interrupted and saved at step {done}; go on with --resume")
+
+
+def agree(flag, device):
+    """True on every process if it is on any."""
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
 
 
 def pixel_loss(scores, labels, rows):
@@ -368,9 +385,8 @@ def pixel_loss(scores, labels, rows):
 
 
 @torch.no_grad()
-def label_training_images(net, photos, s, device, folder):
+def label_training_images(net, photos, features, device, folder):
     """Self-training: write labels that net, features and tags give each training image (background images: none)."""
-    features = cached_features(net, photos, s, device)
     for i in data.progress(range(len(photos)), "training images labelled"):
         present = torch.where(photos.tags[i, 1:] > 0)[0] + 1
         if len(present):
@@ -448,14 +464,21 @@ def main():
               + "".join(f", {k}={v}" for k, v in given.items()))
         data.write_atomically(out / "settings.json", lambda f: f.write(json.dumps(
             dict(dataclasses.asdict(s), commit=commit(), command=" ".join(sys.argv)), indent=1).encode()))
-    train(net, photos, s, device, 0, s.steps, rank, world)
+    features = None
+    if s.cache:                                                   # rank 0 first; the others then find it whole
+        features = cached_features(net, photos, s, device) if rank == 0 else None
+        if world > 1:
+            dist.barrier()
+        features = cached_features(net, photos, s, device) if rank else features
+    labelled = data.Masked.of(photos, s.masks) if s.masks else photos
+    train(net, labelled, features, s, device, 0, s.steps, rank, world)
     for turn in range(s.self_rounds if s.self_steps else 0):
         own, begin = out / f"self{turn + 1}", s.steps + turn * s.self_steps
         if rank == 0 and not (s.resume and infer.read_checkpoint(out / "ckpt.pt")["step"] > begin):
-            label_training_images(net, photos, s, device, own)
+            label_training_images(net.eval(), photos, features, device, own)
         if world > 1:
             dist.barrier()
-        train(net, data.Masked.of(photos, own), s, device, begin, begin + s.self_steps, rank, world)
+        train(net, data.Masked.of(photos, own), features, s, device, begin, begin + s.self_steps, rank, world)
     if rank == 0:
         net.eval()
         sides = infer.numbers(s.sides)
