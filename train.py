@@ -56,7 +56,7 @@ class Settings:
     size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)")
     threshold_images: int = opt("data", 100, "training images from whose tags the thresholds delta are fitted", free=True)
     toy_images: int = opt("data", 3000, "toy: training images drawn from the seed")
-    toy_scenes: int = opt("data", 40, "toy: scenes to label and score at the end", free=True)
+    toy_scenes: int = opt("data", 30, "toy: scenes to label and score at the end", free=True)
 
     trunk: str = opt("model", "vgg16", "feature extractor (paper: overfeat)", list(TRUNKS))
     weights: str = opt("model", "", "the trunk's weights; vgg16's are fetched when not given", free=True)
@@ -96,8 +96,8 @@ class Settings:
 
 
 PRESETS = {
-    "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2500, dropout=0.0,
-                weight_decay=1e-4, jitter=False, log_every=100),
+    "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2200, dropout=0.0,
+                weight_decay=1e-4, jitter=False, log_every=100, threshold_images=60),
     "voc": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1100,
                 self_steps=900, self_rounds=2, weight_decay=1e-4, amp=True, size=288, views=1),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
