@@ -153,7 +153,7 @@ def print_score(report, matrix, classes):
 
 # ---------------------------------------------------------------- the ladder
 
-def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=None):
+def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=None, ilp_background=False):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict.
 
     delta: thresholds per prior, as in a checkpoint; bing, mcg: folders, see infer.Scene.
@@ -161,7 +161,7 @@ def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=
     matrices, images = {}, 0
     for name, image, truth in samples:
         scene = infer.Scene(image, delta, bing, mcg and Path(mcg, f"{name}.mat"))
-        for row, labels in infer.rungs(net, scene, dense, sides):
+        for row, labels in infer.rungs(net, scene, dense, sides, ilp_background):
             try:
                 matrices[row] = matrices.get(row, 0) + confusion(truth, labels.astype(np.uint8), len(classes))
             except InputError as e:
@@ -286,6 +286,7 @@ def main():
             sub.add_argument("--limit", type=int, default=0, metavar="N", help="score N images spread over the set")
             sub.add_argument("--bing", metavar="DIR", help="BING's model for +bb [boxes around our own segments]")
             sub.add_argument("--mcg", metavar="DIR", help="MCG's <image>.mat candidates for +seg [our own hierarchy]")
+            sub.add_argument("--ilp-background", action="store_true", help="multiply class 0 by the image-level prior too")
             sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
             sub.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
             sub.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
@@ -307,11 +308,11 @@ def main():
         ids = data.voc_ids(args.voc, args.set)
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["settings"]["dense"], sides=ckpt["sides"], bing=args.bing, mcg=args.mcg)
+        options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=ckpt["sides"], bing=args.bing, mcg=args.mcg)
         delta, oracle = ckpt["thresholds"], args.oracle_thresholds
         if oracle:
             delta = oracle_thresholds(net, voc_samples(args.voc, data.voc_ids(args.voc, oracle)), **options)
-        report = ladder(net, voc_samples(args.voc, ids), delta=delta, **options)
+        report = ladder(net, voc_samples(args.voc, ids), delta=delta, ilp_background=args.ilp_background, **options)
         if oracle:
             print(f"ORACLE: bb and seg have thresholds fitted on the true masks of {oracle}; an upper bound, not a result")
             report["oracle"] = f"thresholds of bb and seg fitted on the masks of {oracle}"

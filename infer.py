@@ -1,6 +1,6 @@
 """Per-pixel labels for photographs: score map, image-level prior, smoothing prior (section 4 of the paper).
 
-    python infer.py out/toy/ckpt.pt photo.jpg            # photo.png (palette labels) and photo_panel.png in out/labels
+    python infer.py out/toy/ckpt.pt photo.jpg            # photo.png (palette labels), photo_overlay.png in out/labels
     python infer.py CKPT DIR --prior sppxl --soft        # a whole folder; also the class scores as .npz
     python infer.py CKPT --voc VOC2012 --set val --out out/val        # a VOC set, ready for eval_voc.py score
 
@@ -25,7 +25,7 @@ from scipy import ndimage
 
 import data
 from data import InputError
-from model import TRUNKS, Net, load_trunk, pick_device, upsample
+from model import Net, dense_rows, load_trunk, peak_bytes, pick_device, upsample
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -34,7 +34,7 @@ def read_checkpoint(path):
     """A checkpoint of train.py as a dict of plain values. Raises InputError; never executes code from the file."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"format", "settings", "classes", "model"} - set(ckpt)
+        missing = {"format", "settings", "classes", "model", "thresholds"} - set(ckpt)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError, TypeError,
             AttributeError) as e:
         raise InputError(f"{path}: not a checkpoint of train.py, or a damaged one ({type(e).__name__})") from e
@@ -65,32 +65,47 @@ def build_net(s, classes, generator=None):
 def load_net(path, weights=None, device="cpu"):
     """(net in eval mode on the device, checkpoint). weights: the public trunk's file, where the checkpoint lacks it."""
     ckpt = read_checkpoint(path)
-    s, classes = ckpt["settings"], ckpt["classes"]
-    net = build_net(s, len(classes))
-    missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
+    try:
+        s = ckpt["settings"]
+        net = build_net(s, len(ckpt["classes"]))
+        missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
+        ckpt["sides"], ckpt["dense"] = numbers(s["sides"]), int(s["dense"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path}: its settings and tensors do not fit each other ({e})") from e
     if unexpected or any(not k.startswith("trunk.") for k in missing):
         raise InputError(f"{path}: its tensors do not fit its settings ({(missing + unexpected)[0]})")
     if missing:
         load_weights(net, s["trunk"], weights or s["weights"])
         net.load_state_dict(ckpt["model"], strict=False)              # trained trunk layers win over the public ones
-    ckpt["sides"] = numbers(s["sides"])
     return net.to(device).to(memory_format=torch.channels_last).eval(), ckpt
 
 
 # ---------------------------------------------------------------- scores and the image-level prior
+
+MAX_BYTES = 16e9                                           # of activations at a time; more is refused, with the estimate
+
 
 @torch.no_grad()
 def predict(net, image, dense=1, sides=()):
     """Probabilities of one image: p (K, H, W), Eq. 2 at every pixel, and q (K,), Eq. 2 of the aggregated scores.
 
     image (H, W, 3) uint8. dense: grid so many times finer than the stride. sides: the net sees the image resized to each
-    of these areas, side x side pixels (none: as it is), and scores are averaged. Returns float32 arrays.
+    of these areas, side x side pixels (none: as it is), and scores are averaged. Returns float32 arrays. Raises InputError
+    where dense does not divide the stride, or memory would not do.
     """
+    try:
+        rows = dense_rows(net.rows, dense)
+    except ValueError as e:
+        raise InputError(f"--{e}") from e
     x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(next(net.parameters()).device).float()     # (1, 3, H, W)
     total, image_scores = 0, 0
     for side in sides or (None,):
         zoom = side / math.sqrt(image.shape[0] * image.shape[1]) if side else 1
         size = tuple(max(1, round(n * zoom)) for n in image.shape[:2])
+        need = peak_bytes(rows, *size)
+        if need > MAX_BYTES:
+            raise InputError(f"{size[1]}x{size[0]} pixels with --dense {dense} would take about {need / 1e9:.0f} GB; "
+                             "reduce the photograph or --dense")
         seen = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False) if side else x
         scores, step, offset = net.dense(seen, dense)                                # (1, K, h, w)
         image_scores = image_scores + net.aggregate(scores)[0] / max(1, len(sides))
@@ -576,11 +591,11 @@ PRIORS = {                                               # name: f(p (K, H, W), 
 }
 
 
-def rungs(net, scene, dense=1, sides=()):
+def rungs(net, scene, dense=1, sides=(), ilp_background=False):
     """Yield (row of the ladder, labels (H, W)) for one Scene; the network runs once."""
     p, q = predict(net, scene.image, dense, sides)
     yield "base", p.argmax(0)
-    p = ilp(p, q)
+    p = ilp(p, q, ilp_background)
     yield "ilp", p.argmax(0)
     for name, prior in list(PRIORS.items())[1:]:
         yield f"ilp+{name}", prior(p, scene)
@@ -662,6 +677,7 @@ def main():
     parser.add_argument("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint does not hold them")
     parser.add_argument("--prior", choices=list(PRIORS), default="none", help="what smooths the label map [none]")
     parser.add_argument("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7")
+    parser.add_argument("--ilp-background", action="store_true", help="multiply class 0 by the image-level prior too")
     parser.add_argument("--bing", metavar="DIR", help="--prior bb: BING's model [boxes around our own segments]")
     parser.add_argument("--mcg", metavar="DIR", help="--prior seg: MCG's <image>.mat candidates [our own hierarchy]")
     parser.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
@@ -687,8 +703,8 @@ def main():
         except InputError as e:
             bad.append(str(e))
             continue
-        p, q = predict(net, image, args.dense or ckpt["settings"]["dense"], ckpt["sides"])
-        p = ilp(p, q) if args.ilp else p
+        p, q = predict(net, image, args.dense or ckpt["dense"], ckpt["sides"])
+        p = ilp(p, q, args.ilp_background) if args.ilp else p
         labels = PRIORS[args.prior](p, Scene(
             image, ckpt["thresholds"], args.bing, args.mcg and Path(args.mcg, f"{file.stem}.mat")))
         data.save_labels(out / f"{file.stem}.png", labels)

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import data
 import eval_voc
@@ -533,3 +535,248 @@ def test_own_folder_from_tags_to_labels(tmp_path):
     assert Image.open(tmp_path / "l/5_overlay.png").size == (70, 85)
     soft = np.load(tmp_path / "l/5.npz", allow_pickle=False)
     assert soft["scores"].shape == (3, 85, 70) and soft["classes"].tolist() == photos.classes
+
+
+# ---------------------------------------------------------------- priors against brute force
+
+def slow_superpixels(image, scale, sigma, min_size):
+    """Felzenszwalb-Huttenlocher, every edge in stable order, dictionaries of sets; labels in raster order."""
+    H, W = image.shape[:2]
+    g = np.stack([ndimage.gaussian_filter(image[..., c] / 255.0, sigma) for c in range(3)], -1)
+    kinds = [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 0), (1, 1)), ((1, 0), (0, 1))]
+    edges = []
+    for kind, ((py, px), (qy, qx)) in enumerate(kinds):
+        for y in range(H - max(py, qy)):
+            for x in range(W - max(px, qx)):
+                d = g[y + qy, x + qx] - g[y + py, x + px]
+                edges.append((np.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]), len(edges),
+                              (y + py) * W + x + px, (y + qy) * W + x + qx))
+    edges.sort()
+    home, sets, inner = list(range(H * W)), {i: {i} for i in range(H * W)}, {i: 0.0 for i in range(H * W)}
+
+    def join(a, b):
+        for i in sets[b]:
+            home[i] = a
+        sets[a] |= sets.pop(b)
+    for w, _, p, q in edges:
+        a, b = home[p], home[q]
+        if a != b and all(w < inner[c] + scale / 255 / len(sets[c]) for c in (a, b)):
+            join(a, b)
+            inner[a] = w
+    for w, _, p, q in edges:
+        a, b = home[p], home[q]
+        if a != b and min(len(sets[a]), len(sets[b])) < min_size:
+            join(a, b)
+    names = {}
+    return np.array([names.setdefault(h, len(names)) for h in home]).reshape(H, W)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_superpixels_are_felzenszwalbs(seed):
+    rng = np.random.default_rng(seed)
+    levels = (2, 4, 16, 256)[seed % 4]                                    # few levels: many equal costs
+    image = (rng.integers(0, levels, (*rng.integers(2, 26, 2), 3)) * (255 // (levels - 1))).astype(np.uint8)
+    if seed % 3 == 0:                                                     # blobs, so that large segments form
+        image = ndimage.zoom(image, (3, 3, 1), order=seed % 2)
+    scale, sigma, least = rng.choice([1, 30, 100, 400]), rng.choice([0, 0.5, 1.0]), rng.choice([1, 5, 20])
+    slow = slow_superpixels(image, scale, sigma, least)
+    for rounds in (0, 3, 16):
+        assert (infer.superpixels(image, scale, sigma, least, rounds) == slow).all()
+
+
+def test_superpixels_of_thin_images():
+    assert infer.superpixels(random_image(0, 1, 30)).shape == (1, 30)
+    assert infer.superpixels(random_image(0, 1, 1)).tolist() == [[0]]
+
+
+def test_image_level_prior_is_equation_7():
+    p, q = np.random.default_rng(0).random((4, 3, 5)).astype(np.float32), np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    assert np.allclose(infer.ilp(p, q, background=True), np.array([p[k] * q[k] for k in range(4)]))
+    assert np.allclose(infer.ilp(p, q)[0], p[0]) and np.allclose(infer.ilp(p, q)[1:], infer.ilp(p, q, True)[1:])
+
+
+def random_parts(rng, H=13, W=17, S=9, N=12):
+    labels = np.concatenate([np.arange(S), rng.integers(0, S, H * W - S)]).reshape(H, W).astype(np.int32)
+    return labels, rng.random((N, S)) < 0.3, rng.random(N)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_objectness_is_the_mean_score_of_covering_proposals(seed):
+    rng = np.random.default_rng(seed)
+    labels, segments, scores = random_parts(rng)
+    (H, W), boxes = labels.shape, np.sort(rng.integers(-3, 22, (12, 2, 2)), 1).reshape(12, 4).astype(float)
+    by_box, by_segment = np.zeros((H, W)), np.zeros((H, W))
+    for y in range(H):
+        for x in range(W):
+            hit = [s for s, (a, b, c, d) in zip(scores, boxes) if a <= x < c and b <= y < d]
+            by_box[y, x] = np.mean(hit) if hit else 0
+            hit = scores[segments[:, labels[y, x]]]
+            by_segment[y, x] = np.mean(hit) if len(hit) else 0
+    assert np.allclose(infer.cover_score(scores, (H, W), boxes=boxes), by_box, atol=1e-6)
+    assert np.allclose(infer.cover_score(scores, (H, W), segments=segments, labels=labels), by_segment, atol=1e-6)
+    for row, box in zip(segments, infer.boxes_of(segments, labels)):
+        y, x = np.nonzero(row[labels])
+        assert list(box) == ([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0] * 4)
+
+
+def test_votes_means_and_thresholds_equal_their_loops():
+    rng = np.random.default_rng(0)
+    p, guess = rng.random((4, 9, 11)).astype(np.float32), rng.integers(0, 4, (9, 11))
+    regions, objectness, delta = random_parts(rng, 9, 11)[0], rng.random((9, 11)), np.array([0, 0.2, 0.5, 0.7])
+    mean, vote, labels = infer.superpixel_mean(p, regions)[0], infer.vote(guess, regions), infer.thresholded(p, objectness, delta)
+    for s in range(9):
+        assert np.allclose(mean[s], p[:, regions == s].mean(1), atol=1e-6)
+        assert (vote[regions == s] == np.bincount(guess[regions == s]).argmax()).all()
+    for y in range(9):
+        for x in range(11):
+            k = max((1, 2, 3), key=lambda k: p[k, y, x])
+            assert labels[y, x] == (k if p[k, y, x] * objectness[y, x] > delta[k] else 0)
+
+
+def test_pixel_adaptive_refinement_equals_its_loops():
+    rng = np.random.default_rng(0)
+    x, guide = rng.random((2, 9, 11)).astype(np.float32), rng.random((9, 11, 3)).astype(np.float32)
+    want = x.astype(float)
+    for _ in range(2):
+        new = np.zeros_like(want)
+        for y in range(9):
+            for u in range(11):
+                at = [(min(max(y + d * i, 0), 8), min(max(u + d * j, 0), 10)) for d in (1, 3)
+                      for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
+                colours = np.array([guide[place] for place in at], float)
+                spread = np.concatenate([colours, guide[None, y, u]]).std(0, ddof=1) + 1e-8
+                weight = np.exp(-(np.abs(colours - guide[y, u]) / (0.1 * spread)).mean(1))
+                new[:, y, u] = sum(v * want[(slice(None), *place)] for v, place in zip(weight / weight.sum(), at))
+        want = new
+    assert np.allclose(infer.pixel_adaptive(x, guide, (1, 3), 2), want, atol=1e-5)
+
+
+def test_hierarchy_is_nested_connected_and_finds_the_object():
+    image = np.full((40, 60, 3), 30, np.uint8)
+    image[10:30, 20:45], image[10:30, 32:45] = (200, 60, 40), (190, 70, 45)                # two similar halves
+    labels = np.arange(6)[np.minimum(np.arange(60) // 20, 2)] + 3 * (np.arange(40) >= 20)[:, None]
+    labels = np.where(image[..., 0] > 195, 6, np.where(image[..., 0] > 100, 7, labels)).astype(np.int32)
+    segments, scores = infer.hierarchy(labels, image)
+    at = [i for i, s in enumerate(segments) if (s == np.isin(np.arange(8), [6, 7])).all()]
+    assert at and scores[at[0]] > 0.5 and scores.min() >= 0 and scores.max() <= 1 and (np.diff(scores) <= 0).all()
+    for row in segments:
+        assert ndimage.label(row[labels])[1] == 1
+        assert all((row & other).sum() in (0, row.sum(), other.sum()) for other in segments)
+
+
+def test_normed_gradient_equals_its_loop():
+    x = random_image(0, 9, 11).astype(int)
+    got = infer.normed_gradient(x.astype(np.uint8))
+    for i in range(9):
+        for j in range(11):
+            up, down, left, right = max(i - 1, 0), min(i + 1, 8), max(j - 1, 0), min(j + 1, 10)
+            gx = abs(x[i, right] - x[i, left]).max() * (2 if right - left == 1 else 1)
+            gy = abs(x[down, j] - x[up, j]).max() * (2 if down - up == 1 else 1)
+            assert got[i, j] == min(gx + gy, 255)
+
+
+def test_mcg_files(tmp_path):
+    labels, segments, scores = random_parts(np.random.default_rng(0))
+    segments[0] = False                                                     # an empty candidate
+    cells = np.empty((len(scores), 1), object)
+    for i, row in enumerate(segments):
+        cells[i, 0] = (np.flatnonzero(row) + 1).astype(np.uint16)[None]
+    good, path = dict(superpixels=(labels + 1).astype(np.uint16), labels=cells, scores=scores[:, None]), tmp_path / "a.mat"
+    scipy.io.savemat(path, good)
+    regions, read, values = infer.read_mcg(path)
+    assert (regions == labels).all() and (read == segments).all() and (np.argsort(values) == np.argsort(scores)).all()
+    over = cells.copy()
+    over[1, 0] = np.array([[99]])
+    for bad in (dict(scores=None), dict(scores=scores[:3, None]), dict(labels=over), dict(superpixels=labels)):
+        scipy.io.savemat(path, {k: v for k, v in {**good, **bad}.items() if v is not None})
+        with pytest.raises(InputError, match="a.mat"):
+            infer.read_mcg(path)
+    for junk in (b"", b"no mat file"):
+        path.write_bytes(junk)
+        with pytest.raises(InputError, match="a.mat"):
+            infer.read_mcg(path)
+
+
+def test_thresholds_from_tags_separate_tagged_from_untagged():
+    """Class 1 is scored 0.9 where it is tagged and 0.4 elsewhere: delta must fall between, scaled by objectness."""
+    image, net = random_image(0, 40, 40), object()
+    levels = iter([0.9, 0.4] * 6)
+
+    def fake(net, image, dense, sides):
+        level = next(levels)
+        return np.stack([np.full((40, 40), 1 - level), np.full((40, 40), level)]).astype(np.float32), np.ones(2, np.float32)
+    before, infer.predict = infer.predict, fake
+    try:
+        delta = infer.tag_thresholds(net, [(image, [0, 1]), (image, [1, 0])] * 6)
+    finally:
+        infer.predict = before
+    for name, objectness in infer.Scene(image).objectness.items():
+        top = np.quantile(objectness, 0.99)
+        assert 0.4 * top <= delta[name][1] * 1.0001 and delta[name][1] < 0.9 * top and delta[name][0] == 0
+
+
+def test_seeds_keep_to_the_tags():
+    rng = torch.Generator().manual_seed(0)
+    scores, features = torch.randn(5, 8, 9, generator=rng), torch.rand(16, 8, 9, generator=rng)
+    image = torch.from_numpy(random_image(0, 72, 72)).permute(2, 0, 1)
+    labels = infer.seeds(scores, features, torch.tensor([2, 4]), image)
+    assert labels.shape == (32, 36) and set(np.unique(labels)) <= {0, 2, 4, 255} and {2, 4} & set(np.unique(labels))
+
+
+# ---------------------------------------------------------------- ImageNet and the paper's preset
+
+def test_wnid_table():
+    assert [data.wnid_class(w) for w in ("n02123045", "n02099601", "n02403003", "n01440764", "n04344873")] == \
+        ["cat", "dog", "cow", None, "sofa"]
+    assert len(set("".join(data.VOC_WNIDS).split())) >= 1 and set(data.VOC_WNIDS) == set(data.VOC_CLASSES[1:])
+
+
+@pytest.mark.skipif(not IMAGENET.exists(), reason="no ../shared: the wnid table is not counted on real folders")
+def test_wnid_table_on_all_ilsvrc_classes():
+    photos = data.imagenet_photos(IMAGENET)
+    counts = dict(zip(data.VOC_CLASSES, photos.tags.sum(0).int().tolist()))
+    assert counts["dog"] == 118 and counts["bird"] == 59 and counts["cat"] == 5 and counts["background"] == 551
+    assert min(counts.values()) >= 1 and len(list(IMAGENET.glob("n*"))) == 1000
+
+
+def test_paper_preset_takes_a_few_steps(overfeat_file, tmp_path):
+    name, weights, _ = overfeat_file
+    for n, wnid in enumerate(("n02123045", "n02099601", "n99999999")):
+        (tmp_path / "net" / wnid).mkdir(parents=True)
+        Image.fromarray(random_image(n, 90, 130)).save(tmp_path / "net" / wnid / "a.JPEG")
+    (tmp_path / "synsets.csv").write_text("n02123045,cat\nn02099601,dog\nn99999999,background\n")
+    args = ("paper", "--imagenet", tmp_path / "net", "--synsets", tmp_path / "synsets.csv", "--weights", weights, "--trunk", name,
+            "--steps", 2, "--batch", 2, "--workers", 0, "--head", "16,8", "--threshold-images", 1, "--device", "cpu",
+            "--out", tmp_path / "o")
+    status, err, _ = call("train", *args)
+    assert status == 0, err
+    settings = json.loads((tmp_path / "o/settings.json").read_text())
+    assert (settings["lr"], settings["momentum"], settings["weight_decay"], settings["dropout"], settings["size"], settings["r"],
+            settings["optimizer"], settings["schedule"]) == (1e-3, 0.9, 5e-5, 0.5, 400, 5.0, "sgd", "steps")
+    assert train.PRESETS["paper"].get("batch", train.Settings().batch) == 16
+    paper = train.Settings(**train.PRESETS["paper"])
+    rates = [train.learning_rate(paper, step, 0, 10 ** 6) for step in (0, 312_499, 312_500, 625_000)]
+    assert rates == pytest.approx([1e-3, 1e-3, 8e-4, 6.4e-4])
+    ckpt = infer.read_checkpoint(tmp_path / "o/ckpt.pt")
+    assert not any(k.startswith("trunk.") for k in ckpt["model"])             # OverFeat's licence: never stored
+    if name == "overfeat":
+        status, err, _ = call("infer", tmp_path / "o/ckpt.pt", tmp_path / "net/n02123045/a.JPEG", "--weights", weights, "--dense", 2,
+                              "--out", tmp_path / "l", "--device", "cpu")
+        assert status == 0 and data.read_labels(tmp_path / "l/a.png").shape == (90, 130), err
+
+
+# ---------------------------------------------------------------- the README
+
+def test_readme_commands_exist_as_written():
+    """The two set-up commands run in .ci/run; here every other command of the README is parsed by its own script."""
+    text = (HERE / "README.md").read_text()
+    commands = [line.strip() for line in text.splitlines() if line.startswith(("python ", "torchrun "))]
+    assert len(commands) >= 8
+    for command in commands:
+        words = command.split("  #")[0].split()
+        script = next(i for i, w in enumerate(words) if w.endswith(".py"))
+        status, err, _ = call(words[script][:-3], *words[script + 1:], "--help")
+        assert status == 0, (command, err)
+        flags = {w.split("=")[0] for w in words[script:] if w.startswith("--")}
+        help_text = call(words[script][:-3], *[w for w in words[script + 1:script + 2] if not w.startswith("-")], "--help")[2]
+        assert all(f in help_text or f.replace("--no-", "--") in help_text for f in flags), command

@@ -212,6 +212,19 @@ def draws(s, step, n, share=slice(None)):
     return torch.rand(7, n, generator=torch.Generator().manual_seed(s.seed * 1_000_003 + step))[:, share]
 
 
+def note_broken(photos, wanted, got, known):
+    """Name the photos whose place another one took because they cannot be read; raises InputError above 1 % of all.
+
+    wanted, got: indices; known: set of those already named, which grows.
+    """
+    for i in set(wanted) - set(got) - known:
+        known.add(i)
+        print(f"skipped, cannot be read: {photos.paths[i]}", file=sys.stderr)
+    if len(known) > 0.01 * len(photos):
+        raise InputError(f"{len(known)} of {len(photos)} training images cannot be read, the first {photos.paths[min(known)]}; "
+                         "mend or remove them")
+
+
 @torch.no_grad()
 def cached_features(net, photos, s, device):
     """Memory-mapped half-precision features of every photo, (N, views, D, h, w), made where they are not there yet.
@@ -232,11 +245,14 @@ def cached_features(net, photos, s, device):
         raise InputError(f"{folder}: made for another {', '.join(differ)}; delete it or give another --cache")
     folder.mkdir(parents=True, exist_ok=True)
     features = np.lib.format.open_memmap(folder / "features.npy", "r+" if found else "w+", np.float16, tuple(key["shape"]))
-    first, block = found["done"] if found else 0, 32
+    first, block, broken = found["done"] if found else 0, 32, set()
     if first < len(photos):
         print(f"caching {features.nbytes / 1e9:.1f} GB of features in {folder}")
     for start in data.progress(range(first, len(photos), block), "blocks cached"):
-        images = torch.stack([photos[i, 0.5][0] for i in range(start, min(start + block, len(photos)))]).to(device)
+        part = range(start, min(start + block, len(photos)))
+        images, got = zip(*[photos[i, 0.5][:2] for i in part])
+        note_broken(photos, part, got, broken)
+        images = torch.stack(images).to(device)
         for view in range(s.views):
             seen = images if view == 0 else images.flip(3) if view == 1 else \
                 data.augment(images, draws(s, start * s.views + view, len(images)))[0]
@@ -328,8 +344,9 @@ def train(net, photos, features, s, device, begin, end, rank=0, world=1):
     stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
     loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features), batch_sampler=stream,
                                          num_workers=s.workers, pin_memory=device.type == "cuda")
-    start, net = time.perf_counter(), net.train()
+    start, net, broken = time.perf_counter(), net.train(), set()
     for step, (images, index, *labels) in zip(range(first, end), loader):
+        note_broken(photos, [i for i, _ in stream.keys(step)[stream.share]], index.tolist(), broken)
         lr = learning_rate(s, step, begin, end)
         for group in optimizer.param_groups:
             group["lr"] = lr
