@@ -6,9 +6,10 @@
     python train.py folder --images DIR --tags tags.csv   # own classes: file,tag;tag;...
     torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
 
-Writes out/<preset>/: ckpt.pt, log.csv, settings.json, panel.png, scores.json. Every setting below is a flag
+Writes out/<preset>/: ckpt.pt, log.csv, settings.json, panel.png, and scores.json for the toy. Every setting is a flag
 (--aggregation max --r 5 --steps 200 --device cpu); `--help` lists them with the presets' and the paper's values.
 """
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -311,9 +312,10 @@ def resume(path, s, net, optimizer, begin):
     if differ:
         raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
     net.load_state_dict(ckpt["model"], strict=False)
-    if ckpt["step"] > begin:
-        optimizer.load_state_dict(ckpt["optimizer"])
-    return max(begin, ckpt["step"]), ckpt["pending"]
+    if ckpt["step"] <= begin:                                     # saved by an earlier stage
+        return begin, []
+    optimizer.load_state_dict(ckpt["optimizer"])
+    return ckpt["step"], ckpt["pending"]
 
 
 # ---------------------------------------------------------------- training
@@ -411,7 +413,9 @@ def label_training_images(net, photos, features, device, folder):
             scores = net.scores(x[None])[0].float()
             margin = (x.shape[1] - scores.shape[1]) // 2                      # the head's convolutions are unpadded
             x = x[:, margin:x.shape[1] - margin, margin:x.shape[2] - margin]
-            image = photos[i, 0.5][0]
+            image, got = photos[i, 0.5][:2]
+            if got != i:                                          # cannot be read
+                continue
             cut = margin * image.shape[1] // (x.shape[1] + 2 * margin)
             labels = infer.seeds(scores, x, present, image[:, cut:image.shape[1] - cut, cut:image.shape[2] - cut])
             data.save_labels(folder / f"{Path(photos.paths[i]).stem}.png",
@@ -457,6 +461,27 @@ class Log:
         print(f"{step:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
 
 
+def finish(preset, net, photos, s):
+    """What follows training: thresholds from tags into the checkpoint, the panel, and for the toy the scored ladder."""
+    def readable(indices):
+        for i in indices:
+            with contextlib.suppress(InputError):                 # named during training
+                yield i, photos.image(i)
+    out, sides = Path(s.out), infer.numbers(s.sides)
+    few = np.linspace(0, len(photos) - 1, min(s.threshold_images, len(photos))).astype(int)
+    tagged = ((image, photos.tags[i]) for i, image in readable(data.progress(few, "thresholds")))
+    delta = infer.tag_thresholds(net, tagged, s.dense, sides)
+    ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=delta)
+    data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
+    samples = [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
+    if preset == "toy":
+        samples = data.toy_scenes(s.seed, s.toy_scenes)
+        report = eval_voc.ladder(net, samples, photos.classes, s.dense, delta=delta)
+        eval_voc.print_ladder(report)
+        eval_voc.write_json(out / "scores.json", report)
+    infer.save_panel(out / "panel.png", net, samples[:6], photos.classes, s.dense, sides)
+
+
 def main():
     preset, s, given = parse(sys.argv[1:])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -497,23 +522,10 @@ def main():
             dist.barrier()
         train(net, data.Masked.of(photos, own), features, s, device, begin, begin + s.self_steps, rank, world)
     if rank == 0:
-        net.eval()
-        sides = infer.numbers(s.sides)
-        few = np.linspace(0, len(photos) - 1, min(s.threshold_images, len(photos))).astype(int)
-        delta = infer.tag_thresholds(net, ((photos.image(i), photos.tags[i]) for i in data.progress(few, "thresholds")),
-                                     s.dense, sides)
-        ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=delta)
-        data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
-        if preset == "toy":
-            scenes = data.toy_scenes(s.seed, s.toy_scenes)
-            report = eval_voc.ladder(net, scenes, photos.classes, s.dense, delta=delta)
-            eval_voc.print_ladder(report)
-            data.write_atomically(out / "scores.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-            samples = scenes[:6]
-        else:
-            samples = [(i, photos.image(i), None) for i in few[:: max(1, len(few) // 8)]]
-        infer.save_panel(out / "panel.png", net, samples, photos.classes, s.dense, sides)
+        finish(preset, net.eval(), photos, s)
         print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
