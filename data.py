@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -99,6 +100,7 @@ def opened(path):
 
 # ---------------------------------------------------------------- masks and the palette
 
+@functools.cache
 def voc_palette():
     """The devkit's colours, (256, 3) uint8: bits of the index, three at a time, fill R, G, B from the highest bit."""
     bits = np.arange(256)[:, None] >> np.arange(9) & 1                                     # lowest first
@@ -194,7 +196,16 @@ class Masked(Photos):
 
     @classmethod
     def of(cls, photos, folder):
-        """Keep the photos with a mask <stem>.png in the folder, and those tagged background (background everywhere)."""
+        """Keep the photos with a mask <stem>.png in the folder, and those tagged background (background everywhere).
+
+        For toy images the folder is the word "drawn": they are drawn with their masks.
+        """
+        if isinstance(photos.paths[0], np.ndarray):
+            if folder != "drawn":
+                raise InputError(f"--masks {folder}: toy images are in memory; their masks are --masks drawn")
+            masked = cls(photos.paths, photos.tags, photos.classes, photos.size)
+            masked.files, masked.rows = toy_masks(*photos.recipe), range(len(photos))
+            return masked
         files = [Path(folder, f"{Path(p).stem}.png") for p in photos.paths]
         keep = [i for i, f in enumerate(files) if f.is_file() or photos.tags[i, 0] > 0]
         if not any(files[i].is_file() for i in keep):
@@ -208,7 +219,7 @@ class Masked(Photos):
         """Labels (size, size) uint8 of photo i, squashed as the photo is (nearest)."""
         if self.files[i] is None:
             return torch.zeros(self.size, self.size, dtype=torch.uint8)
-        image = Image.fromarray(read_labels(self.files[i]))
+        image = Image.fromarray(self.files[i] if isinstance(self.files[i], np.ndarray) else read_labels(self.files[i]))
         return torch.from_numpy(np.array(image.resize((self.size, self.size), Image.NEAREST)))
 
     def frequencies(self):
@@ -465,12 +476,25 @@ def toy_scene(rng, size, kinds, distractors):
     return noisy.clip(0, 255).astype(np.uint8), labels
 
 
-def toy_photos(seed, n, size=96):
-    """n images with one tag or, one in five, none (the paper's regime: a single label an image); masks are dropped."""
+def _toy_drawn(seed, n, size):
+    """The n toy training images: list of (class names, image, labels)."""
     rng = np.random.default_rng([seed, 0])
     kinds = [[str(rng.choice(TOY_CLASSES[1:]))] if rng.random() > 0.2 else [] for _ in range(n)]
-    images = [toy_scene(rng, size, k * int(rng.integers(1, 3)), int(rng.integers(0, 3)))[0] for k in kinds]
-    return Photos(images, one_hot([{TOY_CLASSES.index(k[0])} if k else {0} for k in kinds], TOY_CLASSES), TOY_CLASSES, size)
+    return [(k, *toy_scene(rng, size, k * int(rng.integers(1, 3)), int(rng.integers(0, 3)))) for k in kinds]
+
+
+def toy_photos(seed, n, size=96):
+    """n images with one tag or, one in five, none (the paper's regime: a single label an image); no masks."""
+    kinds, images, _ = zip(*_toy_drawn(seed, n, size))
+    tags = one_hot([{TOY_CLASSES.index(k[0])} if k else {0} for k in kinds], TOY_CLASSES)
+    photos = Photos(list(images), tags, TOY_CLASSES, size)
+    photos.recipe = seed, n, size
+    return photos
+
+
+def toy_masks(seed, n, size):
+    """Labels (size, size) uint8 of the same n images, for the fully supervised upper bound only."""
+    return [labels for _, _, labels in _toy_drawn(seed, n, size)]
 
 
 def toy_scenes(seed, n, size=144):

@@ -58,8 +58,10 @@ def numbers(text):
 
 def build_net(s, classes, generator=None):
     """The Net of a run's settings (a dict)."""
-    return Net(s["trunk"], classes, numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], s["r"], s["dropout"],
-               s["train_convs"], generator)
+    net = Net(s["trunk"], classes, numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], s["r"], s["dropout"],
+              s["train_convs"], generator)
+    net.amp = bool(s["amp"])                               # what was trained in bfloat16 also runs in it
+    return net
 
 
 def load_net(path, weights=None, device="cpu"):
@@ -107,7 +109,8 @@ def predict(net, image, dense=1, sides=()):
             raise InputError(f"{size[1]}x{size[0]} pixels with --dense {dense} would take about {need / 1e9:.0f} GB; "
                              "reduce the photograph or --dense")
         seen = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False) if side else x
-        scores, step, offset = net.dense(seen, dense)                                # (1, K, h, w)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=net.amp):
+            scores, step, offset = net.dense(seen, dense)                            # (1, K, h, w)
         image_scores = image_scores + net.aggregate(scores)[0] / max(1, len(sides))
         total = total + upsample(scores, image.shape[:2], step, offset, size)[0] / max(1, len(sides))
     return total.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()

@@ -393,7 +393,27 @@ def stitched(net, images, factor):
     return out
 
 
-def bench(name, batch=4, seconds=3.0):
+def rate(f, device, seconds=3.0):
+    """Calls of f per second, after a first one that is not counted."""
+    f()
+    n, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        f()
+        n += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return n / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def images_per_second(name):
+    device, size = pick_device(), TRUNKS[name].size
+    net = Net(name).to(device).to(memory_format=torch.channels_last).eval()
+    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, device=device)
+    return rate(lambda: net(images), device, 1.0)
+
+
+def bench(name, batch=4):
     """Measured images/s of the trunk alone, fp32 and bf16, each beside a matrix product's rate in the same process;
     and seconds of one dense pass over a 500x375 image beside the shifted passes that it replaces.
     """
@@ -402,27 +422,17 @@ def bench(name, batch=4, seconds=3.0):
     images = torch.randint(0, 256, (batch, 3, spec.size, spec.size), dtype=torch.uint8, device=device)
     flops = summary(name)[4] * 1e9
 
-    def rate(f):
-        f()
-        n, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            f()
-            n += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        return n / (time.perf_counter() - start)
-
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, device=device).to(dtype)
-        peak = rate(lambda: a @ a) * 2 * 2048 ** 3
+        peak = rate(lambda: a @ a, device) * 2 * 2048 ** 3
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            speed = rate(lambda: net.frozen(images)) * batch
+            speed = rate(lambda: net.frozen(images), device) * batch
         print(f"{name} trunk on {device}, {str(dtype)[6:]}: {speed:.2f} images/s, {speed * flops / 1e9:.0f} GFLOP/s, "
               f"{speed * flops / peak:.2f} of a matrix product's {peak / 1e9:.0f}")
     photo = torch.randint(0, 256, (1, 3, 375, 500), dtype=torch.uint8, device=device)
     with torch.no_grad():
         for factor in (f for f in (2, 3, 4) if geometry(net.rows)[0] % f == 0):
-            fast, slow = rate(lambda: net.dense(photo, factor)), rate(lambda: stitched(net, photo, factor))
+            fast, slow = rate(lambda: net.dense(photo, factor), device), rate(lambda: stitched(net, photo, factor), device)
             print(f"{name} dense {factor}: {1 / fast:.2f} s, shift-and-stitch {1 / slow:.2f} s, {fast / slow:.1f} times as fast")
 
 
@@ -439,6 +449,7 @@ def main():
     if args.trunk:
         print()
         describe(args.trunk)
+        print(f"{args.trunk} with its head: {images_per_second(args.trunk):.2f} images/s forward on {pick_device()}, fp32, one at a time")
     for name in [args.trunk] if args.trunk else TRUNKS:
         if args.bench:
             bench(name)

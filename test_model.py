@@ -257,14 +257,18 @@ def test_loss_is_the_likelihood_of_the_tags():
 
 def test_frozen_means_frozen():
     for train_convs, frozen in ((0, 3), (1, 2), (-1, 0)):
-        net = model.Net("overfeat-fast" if frozen == 5 else "tiny", 4, train_convs=train_convs) if frozen != 3 else \
-            model.Net("tiny", 4)
+        net = model.Net("tiny", 4, [8], train_convs=train_convs)
+        assert net.frozen_convs == frozen
         features = net.frozen(torch.zeros(1, 3, 96, 96))
         assert not features.requires_grad
         net.train()
         net.scores(features).sum().backward()
         assert [p.grad is not None for p in net.trunk.parameters()] == [p.requires_grad for p in net.trunk.parameters()]
         assert torch.equal(net.frozen(torch.ones(1, 3, 96, 96)), net.frozen(torch.ones(1, 3, 96, 96)))   # no dropout
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, weight_decay=0.1).step()
+        changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+        assert {int(k.split(".")[1]) for k in changed if k.startswith("trunk")} == set(range(frozen, 3)) and "head.0.weight" in changed
 
 
 # ---------------------------------------------------------------- scorer: VOC's rules (voc-conventions, worked vectors)
@@ -457,6 +461,15 @@ def test_two_processes_train_as_one(tmp_path):
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = (np.array([row[2] for row in log_rows(tmp_path / n)[1:]], float) for n in ("one", "two"))
     assert len(one) == len(two) == 20 and np.abs(one - two).max() < 1e-5
+
+
+def test_toy_masks_belong_to_the_toy_images(tmp_path):
+    photos = data.toy_photos(3, 12)
+    masked = data.Masked.of(photos, "drawn")
+    for i in range(12):
+        assert set(masked.labels(i).unique().tolist()) <= {0, int(photos.tags[i].argmax())}
+    status, err, _ = call("train", *TOY, "--steps", 2, "--masks", "drawn", "--out", tmp_path)
+    assert status == 0, err
 
 
 def test_toy_images_carry_one_tag_and_scenes_several():

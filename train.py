@@ -50,7 +50,7 @@ class Settings:
     images: str = opt("data", "", "folder of photographs", free=True)
     tags: str = opt("data", "", "CSV of file,tag;tag;...", free=True)
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
-    masks: str = opt("data", "", "folder of label PNGs: learn per pixel (full supervision, or own predictions)", free=True)
+    masks: str = opt("data", "", "folder of label PNGs (toy: the word drawn): learn per pixel, for full supervision or from own predictions", free=True)
     cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
     views: int = opt("data", 2, "cached views of an image: the first plain, the second flipped, others jittered")
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
@@ -142,8 +142,8 @@ def parse(argv):
     settings.self_steps = 0 if settings.masks else settings.self_steps      # the labels are given
     if settings.self_steps and not settings.cache:
         parser.error("argument --self-steps: needs the features of a --cache, and a trunk that is frozen in part")
-    if settings.masks and preset not in ("voc", "folder"):
-        parser.error("argument --masks: only for voc and folder")
+    if settings.masks and preset == "paper":
+        parser.error("argument --masks: not for paper, whose images are cut")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch % world:
         parser.error(f"argument --batch: {settings.batch} images cannot be shared by {world} processes")
