@@ -504,6 +504,7 @@ def refine(p, image, regions, cell=8):
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W).
     """
     size = (-(-image.shape[0] // cell), -(-image.shape[1] // cell))
+    p = p / p.sum(0)                                       # the image-level prior leaves sums below 1
     small = F.interpolate(torch.from_numpy(p)[None], size, mode="area")[0].numpy()
     guide = np.asarray(Image.fromarray(image).resize(size[::-1], Image.BOX))
     smooth = torch.from_numpy(pixel_adaptive(small, guide))[None]
