@@ -308,7 +308,8 @@ def main():
         ids = data.voc_ids(args.voc, args.set)
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=ckpt["sides"], bing=args.bing, mcg=args.mcg)
+        options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=ckpt["sides"], bing=args.bing,
+                       mcg=args.mcg)
         delta, oracle = ckpt["thresholds"], args.oracle_thresholds
         if oracle:
             delta = oracle_thresholds(net, voc_samples(args.voc, data.voc_ids(args.voc, oracle)), **options)

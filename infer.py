@@ -247,7 +247,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
     return rank[labels].reshape(H, W)
 
 
-# ---------------------------------------------------------------- proposals: segments from a hierarchy, BING's boxes, MCG's file
+# ---------------------------------------------------------------- proposals: our hierarchy, BING's boxes, MCG's file
 
 def colour_texture(image, sigma=1.0):
     """Per-pixel description (H, W, 6) of an RGB uint8 image: brightness, red-green and yellow-blue (each 0..1 wide, Gaussian
@@ -335,7 +335,7 @@ def hierarchy(labels, image, texture=2.0, edge=4.0, balance=1.0, least=0.002):
 
 
 def boxes_of(segments, labels):
-    """Tight boxes (N, 4) x0 y0 x1 y1 (x1, y1 outside) of segments (N, S) bool over superpixels labels (H, W). Empty: zeros."""
+    """Tight boxes (N, 4) x0 y0 x1 y1 (x1, y1 outside) of segments (N, S) bool over labels (H, W); empty ones: zeros."""
     found = ndimage.find_objects(labels + 1, segments.shape[1])             # the slices of each superpixel
     low = np.array([[s[1].start, s[0].start] if s else [np.inf] * 2 for s in found])
     high = np.array([[s[1].stop, s[0].stop] if s else [-np.inf] * 2 for s in found])
@@ -557,7 +557,8 @@ class Scene:
         if self.mcg:
             regions, segments, scores = read_mcg(self.mcg)
             if regions.shape != shape:
-                raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but the image has {shape[1]}x{shape[0]}")
+                raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but its image has "
+                                 f"{shape[1]}x{shape[0]}; is it another image's?")
         return {"bb": cover_score(boxes[1], shape, boxes[0]), "seg": cover_score(scores, shape, None, segments, regions)}
 
 

@@ -433,7 +433,8 @@ def bench(name, batch=4):
     with torch.no_grad():
         for factor in (f for f in (2, 3, 4) if geometry(net.rows)[0] % f == 0):
             fast, slow = rate(lambda: net.dense(photo, factor), device), rate(lambda: stitched(net, photo, factor), device)
-            print(f"{name} dense {factor}: {1 / fast:.2f} s, shift-and-stitch {1 / slow:.2f} s, {fast / slow:.1f} times as fast")
+            print(f"{name} dense {factor}: {1 / fast:.2f} s for 500x375, shift-and-stitch {1 / slow:.2f} s, "
+                  f"{fast / slow:.1f} times as fast")
 
 
 def main():
@@ -449,7 +450,8 @@ def main():
     if args.trunk:
         print()
         describe(args.trunk)
-        print(f"{args.trunk} with its head: {images_per_second(args.trunk):.2f} images/s forward on {pick_device()}, fp32, one at a time")
+        print(f"{args.trunk} with its head: {images_per_second(args.trunk):.2f} images/s forward on {pick_device()}, "
+              "fp32, one at a time")
     for name in [args.trunk] if args.trunk else TRUNKS:
         if args.bench:
             bench(name)

@@ -50,7 +50,7 @@ class Settings:
     images: str = opt("data", "", "folder of photographs", free=True)
     tags: str = opt("data", "", "CSV of file,tag;tag;...", free=True)
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
-    masks: str = opt("data", "", "folder of label PNGs (toy: the word drawn): learn per pixel, for full supervision or from own predictions", free=True)
+    masks: str = opt("data", "", "folder of label PNGs to learn per pixel: true ones, or the net's own (toy: drawn)", free=True)
     cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
     views: int = opt("data", 2, "cached views of an image: the first plain, the second flipped, others jittered")
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
@@ -234,7 +234,8 @@ def cached_features(net, photos, s, device):
     killed at any moment: the next call goes on where the last whole block ended.
     """
     folder = Path(s.cache)
-    weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in net.trunk[:net.frozen_convs].parameters()))
+    frozen = net.trunk[:net.frozen_convs].parameters()
+    weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in frozen))
     names = hashlib.sha256("\n".join(f"{Path(p).parent.name}/{Path(p).name}" for p in photos.paths).encode())
     sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
     key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, weights=weights.hexdigest(), list=names.hexdigest(),
@@ -379,7 +380,8 @@ def train(net, photos, features, s, device, begin, end, rank=0, world=1):
             if not np.isfinite(pending).all():
                 raise InputError(blame(photos, stream, done, pending, out))
         if main and logs:
-            log.write(done, done * s.batch, float(np.mean(pending)), lr, (done - first) * s.batch / (time.perf_counter() - start), end)
+            rate = (done - first) * s.batch / (time.perf_counter() - start)
+            log.write(done, done * s.batch, float(np.mean(pending)), lr, rate, end)
         if done % s.log_every == 0:
             pending = []
         if main and saves:
