@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -505,6 +506,70 @@ def test_augmentation_moves_labels_with_the_image():
     assert inside[moved_labels != 255].float().mean() > 0.99
     still, labels2 = data.augment(images, torch.full((7, 6), 0.5), labels, flip=0)        # the middle of every range
     assert torch.allclose(still, images, atol=1e-3) and torch.equal(labels2, labels)
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint_and_resumes_equal(tmp_path):
+    """SIGKILL at random moments (KILLS=20 for more); then SIGTERM, which saves and ends with one line."""
+    args = [sys.executable, HERE / "train.py", *map(str, TOY), "--steps", "60", "--save-every", "1"]
+    assert call("train", *TOY, "--steps", 60, "--out", tmp_path / "whole")[0] == 0
+    rng, out, resume = np.random.default_rng(), tmp_path / "killed", []
+    for kill in range(int(os.environ.get("KILLS", 3)) + 1):
+        run = subprocess.Popen([*args, "--out", out, *resume], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "2"})               # as many threads as here
+        while "images/s" not in run.stdout.readline() and run.poll() is None:
+            pass
+        time.sleep(rng.uniform(0.05, 0.6))
+        (run.terminate if kill == 0 else run.kill)()
+        _, err = run.communicate()
+        if kill == 0 and run.returncode:
+            refused(run.returncode, err, "saved at step", "--resume")
+        if (out / "ckpt.pt").exists():
+            assert infer.read_checkpoint(out / "ckpt.pt")["step"] >= 1
+            resume = ["--resume"]
+    assert call("train", *TOY, "--steps", 60, "--out", out, *resume)[0] == 0
+    assert same(tensors(tmp_path / "whole/ckpt.pt"), tensors(out / "ckpt.pt")) and log_rows(tmp_path / "whole") == log_rows(out)
+
+
+def test_checkpoints_and_scores_never_execute_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+    torch.save({"format": Evil(), "settings": {}, "classes": [], "model": {}, "thresholds": {}}, tmp_path / "evil.pt")
+    status, err, _ = call("infer", tmp_path / "evil.pt", tmp_path / "x.jpg")
+    refused(status, err, "evil.pt", "not a checkpoint")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_photographs_of_every_kind_are_read_upright_and_bad_ones_named(tmp_path):
+    """The same scene in eight encodings, within what compression and bit depth lose; then files that are no images."""
+    ramp = np.stack(np.broadcast_arrays(np.linspace(0, 255, 40)[:, None], np.linspace(255, 0, 30), 128), -1).astype(np.uint8)
+    image, path = Image.fromarray(ramp), tmp_path
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                       # the camera was turned
+    image.transpose(Image.Transpose.ROTATE_90).save(path / "turned.jpg", exif=exif, quality=95)
+    image.convert("CMYK").save(path / "cmyk.jpg", quality=95)
+    image.quantize(256).save(path / "palette.png")
+    image.save(path / "plain.bmp")
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(40)[:, None] < 20, 255, 0).astype(np.uint8).repeat(30, 1)))
+    clear.save(path / "alpha.png")
+    for name in ("turned.jpg", "cmyk.jpg", "palette.png", "plain.bmp"):
+        assert np.abs(data.load_image(path / name).astype(int) - ramp).mean() < 12, name
+    assert (data.load_image(path / "alpha.png")[20:] == 255).all() and (data.load_image(path / "alpha.png")[:20] == ramp[:20]).all()
+    grey = np.arange(1200).reshape(40, 30)
+    Image.fromarray((grey * 50).astype(np.uint16)).save(path / "deep.png")
+    assert np.abs(data.load_image(path / "deep.png")[..., 0] - grey * 50 / 257).max() <= 1
+    Image.new("RGB", (20_000, 2)).save(path / "wide.png")
+    assert data.load_image(path / "wide.png").shape == (2, 20_000, 3)
+    whole = (path / "turned.jpg").read_bytes()
+    for name, content in {"half.jpg": whole[:len(whole) // 2], "empty.jpg": b"", "text.jpg": b"hello"}.items():
+        (path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            data.load_image(path / name)
+    photos = data.Photos([path / "plain.bmp", path / "half.jpg", path / "turned.jpg"], torch.eye(3), list("abc"), 16)
+    assert [photos[i, 0.5][1] for i in range(3)] == [0, 2, 2]              # a broken one gives way to the next, always the same
+    with pytest.raises(InputError, match="half.jpg"):
+        train.note_broken(photos, [0, 1], [0, 2], set())
 
 
 # ---------------------------------------------------------------- weak training sees tags only

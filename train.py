@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -341,9 +342,8 @@ def train(net, photos, features, s, device, begin, end, rank=0, world=1):
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     log = Log(out / "log.csv", first, s.log_every) if main else None
 
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
+    stop = []                                                     # Ctrl-C and SIGTERM end the loop after its step
+    handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
     loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features), batch_sampler=stream,
                                          num_workers=s.workers, pin_memory=device.type == "cuda")
@@ -388,6 +388,8 @@ def train(net, photos, features, s, device, begin, end, rank=0, world=1):
             save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, pending)
         if halt and done < end:
             raise InputError(f"{out / 'ckpt.pt'}: interrupted and saved at step {done}; go on with --resume")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def agree(flag, device):
@@ -448,12 +450,13 @@ class Log:
     """log.csv and a fixed-width line on stdout. Resuming drops the rows that the run will write again."""
 
     def __init__(self, path, first, every):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = list(csv.reader(open(path, newline=""))) if first and path.exists() else []
-        self.file = open(path, "w", newline="")
+        rows = list(csv.reader(path.read_text().splitlines())) if first and path.exists() else []
+        kept = [row for row in rows[1:] if len(row) == 5 and int(row[0]) <= first and int(row[0]) % every == 0]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([["step", "samples", "loss", "lr", "images_per_s"], *kept])
+        data.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        self.file = open(path, "a", newline="")
         self.csv = csv.writer(self.file)
-        self.csv.writerow(["step", "samples", "loss", "lr", "images_per_s"])
-        self.csv.writerows(row for row in rows[1:] if int(row[0]) <= first and int(row[0]) % every == 0)
         print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
 
     def write(self, step, samples, loss, lr, rate, steps):
