@@ -617,7 +617,7 @@ def save_vgg(path):
 
 # ---------------------------------------------------------------- a folder of one's own
 
-def test_own_folder_from_tags_to_labels(tmp_path):
+def test_own_folder_from_tags_to_labels(tmp_path, monkeypatch):
     folder = tmp_path / "photos"
     folder.mkdir()
     for n in range(6):
@@ -636,6 +636,10 @@ def test_own_folder_from_tags_to_labels(tmp_path):
     assert Image.open(tmp_path / "l/5_overlay.png").size == (70, 85)
     soft = np.load(tmp_path / "l/5.npz", allow_pickle=False)
     assert soft["scores"].shape == (3, 85, 70) and soft["classes"].tolist() == photos.classes
+    refused(*call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--dense", 7, "--out", tmp_path / "m")[:2], "must divide", "16")
+    monkeypatch.setattr(infer, "MAX_BYTES", 1e5)
+    refused(*call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--out", tmp_path / "m")[:2], "would take about", "GB")
+    assert not (tmp_path / "m").exists()
 
 
 # ---------------------------------------------------------------- priors against brute force

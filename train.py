@@ -170,7 +170,7 @@ def load_photos(preset, s):
     if s.limit and s.limit < len(photos):
         photos = photos.take(np.linspace(0, len(photos) - 1, s.limit).astype(int).tolist())
     photos.size, photos.cut = s.size, preset == "paper"
-    return photos
+    return data.Masked.of(photos, s.masks) if s.masks else photos
 
 
 # ---------------------------------------------------------------- batches
@@ -270,13 +270,13 @@ def cached_features(net, photos, s, device):
 class Cached(torch.utils.data.Dataset):
     """The photos' features in the place of their pixels; a key's place chooses the view."""
 
-    def __init__(self, photos, features):
-        self.photos, self.features = photos, features
+    def __init__(self, photos, features, rows):
+        self.photos, self.features, self.rows = photos, features, rows
 
     def __getitem__(self, key):
         i, place = key
         view, masked = int(place * self.features.shape[1]), isinstance(self.photos, data.Masked)
-        features = torch.from_numpy(self.features[self.photos.rows[i] if masked else i, view].copy())
+        features = torch.from_numpy(self.features[self.rows[i], view].copy())
         if not masked:
             return features, i
         return features, i, self.photos.labels(i).flip(1) if view == 1 else self.photos.labels(i)
@@ -322,10 +322,10 @@ def resume(path, s, net, optimizer, begin):
 
 # ---------------------------------------------------------------- training
 
-def train(net, photos, features, s, device, begin, end, rank=0, world=1):
+def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
     """The loop, from step `begin` (or the checkpoint's) to `end`; leaves ckpt.pt and log.csv in s.out.
 
-    features: those of `cached_features`, or None to run the trunk on the pixels.
+    features: those of `cached_features`, or None to run the trunk on the pixels; rows: where each photo's are.
     """
     main, out = rank == 0, Path(s.out)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -345,7 +345,7 @@ def train(net, photos, features, s, device, begin, end, rank=0, world=1):
     stop = []                                                     # Ctrl-C and SIGTERM end the loop after its step
     handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
-    loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features), batch_sampler=stream,
+    loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features, rows), batch_sampler=stream,
                                          num_workers=s.workers, pin_memory=device.type == "cuda")
     start, net, broken = time.perf_counter(), net.train(), set()
     for step, (images, index, *labels) in zip(range(first, end), loader):
@@ -517,15 +517,15 @@ def main():
         if world > 1:
             dist.barrier()
         features = cached_features(net, photos, s, device) if rank else features
-    labelled = data.Masked.of(photos, s.masks) if s.masks else photos
-    train(net, labelled, features, s, device, 0, s.steps, rank, world)
+    train(net, photos, features, range(len(photos)), s, device, 0, s.steps, rank, world)
     for turn in range(s.self_rounds if s.self_steps else 0):
         own, begin = out / f"self{turn + 1}", s.steps + turn * s.self_steps
         if rank == 0 and not (s.resume and infer.read_checkpoint(out / "ckpt.pt")["step"] > begin):
             label_training_images(net.eval(), photos, features, device, own)
         if world > 1:
             dist.barrier()
-        train(net, data.Masked.of(photos, own), features, s, device, begin, begin + s.self_steps, rank, world)
+        labelled = data.Masked.of(photos, own)
+        train(net, labelled, features, labelled.rows, s, device, begin, begin + s.self_steps, rank, world)
     if rank == 0:
         finish(preset, net.eval(), photos, s)
         print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
