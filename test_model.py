@@ -468,7 +468,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_two_processes_train_as_one(tmp_path):
     """The same global batch, shared by two gloo processes: equal losses over 20 steps, and one writer."""
     args = ("train.py", *TOY[:-4], "--schedule", "steps", "--device", "cpu", "--steps", "20", "--dropout", "0", "--optimizer", "sgd",
-            "--lr", "0.01", "--log-every", "1")
+            "--lr", "0.001", "--log-every", "1")
     args = [str(a) for a in args]
     subprocess.run([sys.executable, *args, "--out", tmp_path / "one"], cwd=HERE, check=True, capture_output=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
