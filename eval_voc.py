@@ -106,8 +106,8 @@ def compare(truth_path, prediction_path, classes, void_too=False):
         raise InputError(f"{prediction_path}: {e}") from e
 
 
-def attempt(function, items):
-    """Map over items on all cores -> results; every InputError is collected, and all are raised together as one."""
+def attempt(function, items, known=()):
+    """Map over items on all cores -> results; every InputError, and those known, are raised together as one."""
     problems = []
 
     def safely(item):
@@ -116,9 +116,11 @@ def attempt(function, items):
         except InputError as e:
             problems.append(str(e))
     with ThreadPoolExecutor() as pool:
-        results = list(data.progress(pool.map(safely, items), "checked", len(items)))
+        results = list(data.progress(pool.map(safely, items), "checked", len(items) or 1))
     if problems:
-        raise InputError(f"{len(problems)} of {len(items)} files cannot be used: " + "; ".join(sorted(problems)))
+        known = [*known, f"{len(problems)} of {len(items)} files cannot be used: " + "; ".join(sorted(problems))]
+    if known:
+        raise InputError("; ".join(known))
     return results
 
 
@@ -133,9 +135,14 @@ def existing(folder, ids):
 
 def score(folder, voc, name, classes, void_too=False):
     """Score a folder of label PNGs against a set's truth: (confusions of single images, those with void counted)."""
-    ids = data.voc_ids(voc, name)
-    truths = [Path(voc, "SegmentationClass", f"{i}.png") for i in ids]
-    pairs = attempt(lambda pair: compare(*pair, len(classes), void_too), list(zip(truths, existing(folder, ids))))
+    ids, known = data.voc_ids(voc, name), []
+    try:
+        existing(folder, ids)
+    except InputError as e:                               # go on with the others, to list all problems at once
+        known.append(str(e))
+    files = [(Path(voc, "SegmentationClass", f"{i}.png"), Path(folder, f"{i}.png")) for i in ids]
+    files = [pair for pair in files if pair[1].is_file()]
+    pairs = attempt(lambda pair: compare(*pair, len(classes), void_too), files, known)
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 

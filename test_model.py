@@ -396,6 +396,9 @@ def test_scorer_lists_all_problems_at_once(voc, tmp_path):
     (pred / "2007_003.png").write_bytes(b"not a png")
     status, err, _ = call("eval_voc", "score", pred, "--voc", voc, "--json", tmp_path / "s.json")
     refused(status, err, "3 of 4", "2007_001.png", "2007_002.png", "2007_003.png")
+    (pred / "2007_000.png").unlink()                                                      # missing and unusable, in one list
+    status, err, _ = call("eval_voc", "score", pred, "--voc", voc, "--json", tmp_path / "s.json")
+    refused(status, err, "1 of 4 label files are missing: 2007_000", "3 of 3", "2007_003.png")
     assert not (tmp_path / "s.json").exists()
 
 
