@@ -519,7 +519,7 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     map is its margin over the untagged ones, spread to places of like features, refined on the image at 4h x 4w, and
     compared with `threshold` (its maximum is 1) for background. Returns (4h, 4w) uint8.
     """
-    (K, h, w), absent = scores.shape, torch.ones(len(scores), dtype=torch.bool)
+    (_, h, w), absent = scores.shape, torch.ones(len(scores), dtype=torch.bool)
     absent[present] = absent[0] = False
     margin = F.relu(scores[present] - (scores[absent].mean(0) if absent.any() else 0))
     margin = margin / margin.amax((1, 2), keepdim=True).clamp(min=1e-6)

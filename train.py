@@ -32,7 +32,7 @@ import data
 import eval_voc
 import infer
 from data import InputError
-from model import AGGREGATIONS, TRUNKS, Net, geometry, pick_device, tag_loss
+from model import AGGREGATIONS, TRUNKS, geometry, pick_device, tag_loss
 
 
 # ---------------------------------------------------------------- settings: this block is the help
@@ -231,7 +231,7 @@ def note_broken(photos, wanted, got, known):
 def cached_features(net, photos, s, device):
     """Memory-mapped half-precision features of every photo, (N, views, D, h, w), made where they are not there yet.
 
-    The folder's cache.json says for which trunk, weights, size and list they are; others are refused. It can be
+    The folder's cache.json says for which trunk, weights, precision, size and list they are; others are refused. It can be
     killed at any moment: the next call goes on where the last whole block ended.
     """
     folder = Path(s.cache)
@@ -239,8 +239,8 @@ def cached_features(net, photos, s, device):
     weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in frozen))
     names = hashlib.sha256("\n".join(f"{Path(p).parent.name}/{Path(p).name}" for p in photos.paths).encode())
     sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
-    key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, weights=weights.hexdigest(), list=names.hexdigest(),
-               shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 2 else 0)
+    key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, amp=s.amp, weights=weights.hexdigest(),
+               list=names.hexdigest(), shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 2 else 0)
     state = folder / "cache.json"
     found = json.loads(state.read_text()) if state.exists() else None
     if found and found["key"] != key:
