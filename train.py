@@ -495,6 +495,8 @@ def main():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        elif os.environ.get("LOCAL_WORLD_SIZE") == str(world):    # one machine: its name may lead gloo elsewhere
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out = Path(s.out)
     if s.resume and not (out / "ckpt.pt").exists():
