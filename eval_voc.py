@@ -160,21 +160,40 @@ def print_score(report, matrix, classes):
 
 # ---------------------------------------------------------------- the ladder
 
-def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=None, ilp_background=False):
+def average_precision(scores, present):
+    """Area under the monotone precision-recall curve, VOC's rule from 2010 on, in percent. scores (N,), present (N,) bool."""
+    hits = present[np.argsort(-scores, kind="stable")]
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]               # the best at this recall or a larger one
+    return 100 * precision[hits].mean() if hits.any() else math.nan
+
+
+def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=None, tags=None, form="objects",
+           priors=tuple(infer.PRIORS), forms=()):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict.
 
-    delta: thresholds per prior, as in a checkpoint; bing, mcg: folders, see infer.Scene.
+    delta: thresholds per prior, as in a checkpoint; bing, mcg: folders, see infer.Scene; tags: {name: (classes present, only
+    difficult)}, gives the average precision of the image scores; form: Eq. 7's; forms: more of them, a row each.
     """
-    matrices, images = {}, 0
-    for name, image, truth in samples:
+    def network(sample):
+        return *sample, *infer.predict(net, sample[1], dense, sides)
+
+    def labelled(predicted):
+        name, image, truth, p, q = predicted
         scene = infer.Scene(image, delta, bing, mcg and Path(mcg, f"{name}.mat"))
-        for row, labels in infer.rungs(net, scene, dense, sides, ilp_background):
-            try:
-                matrices[row] = matrices.get(row, 0) + confusion(truth, labels.astype(np.uint8), len(classes))
-            except InputError as e:
-                raise InputError(f"{name}: {e}") from e
-        images += 1
-    return dict(rows={row: summarise(m, classes, images) for row, m in matrices.items()}, classes=classes)
+        rows = infer.rungs(p, q, scene, form, priors) | {f"ilp {f}": infer.ilp(p, q, f).argmax(0) for f in forms}
+        try:
+            return name, q, {row: confusion(truth, labels.astype(np.uint8), len(classes)) for row, labels in rows.items()}
+        except InputError as e:
+            raise InputError(f"{name}: {e}") from e
+    names, scores, matrices = zip(*infer.overlapped(network, labelled, samples))
+    report = dict(rows={row: summarise(sum(m[row] for m in matrices), classes, len(names)) for row in matrices[0]}, classes=classes)
+    if tags:
+        report["average_precision"] = {}
+        for k, label in enumerate(classes[1:], 1):
+            known = [(q[k], k in tags[n][0]) for n, q in zip(names, scores) if k not in tags[n][1] - tags[n][0]]
+            report["average_precision"][label] = float(average_precision(*map(np.array, zip(*known))))
+    return report
 
 
 def oracle_thresholds(net, samples, classes, dense=1, sides=(), bing=None, mcg=None, steps=200):
@@ -212,6 +231,25 @@ def print_ladder(report):
         print(f"(over the {min(r['classes_defined'] for r in rows.values())} or more of {len(classes)} classes that occur)")
     if classes == data.VOC_CLASSES:
         line("paper, val", [np.mean(PAPER[row]) if row in PAPER else None for row in rows])
+    if "average_precision" in report:
+        print(f"tags: mean average precision {np.nanmean(list(report['average_precision'].values())):.1f}")
+
+
+def print_runs(reports, settings):
+    """One line for runs that differ only in their seed: mean and range of each rung's mean IoU, and of the tags' mAP.
+
+    reports, settings: {checkpoint: report of `ladder`}, {checkpoint: settings of its run}.
+    """
+    every, groups = list(settings.values()), {}
+    differ = [k for k in every[0] if k not in ("seed", "out", "cache", "weights") and any(s.get(k) != every[0][k] for s in every)]
+    for path, report in reports.items():
+        values = [r["mean_iou_defined"] for r in report["rows"].values()]
+        values.append(np.nanmean(list(report["average_precision"].values())) if "average_precision" in report else math.nan)
+        groups.setdefault(", ".join(f"{k} {settings[path].get(k)}" for k in differ) or "all", []).append(values)
+    width = max(map(len, groups))
+    print(f"{'':{width}} {'runs':>4} " + " ".join(f"{row:>18}" for row in [*next(iter(reports.values()))["rows"], "tags, mAP"]))
+    for name, rows in groups.items():
+        print(f"{name:{width}} {len(rows):4} " + " ".join(f"{f'{np.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})':>18}" for v in zip(*rows)))
 
 
 def voc_samples(voc, ids):
@@ -278,7 +316,7 @@ def main():
                              ("ladder", "checkpoint", "every prior, from a checkpoint"),
                              ("submit", "folder", "pack label PNGs for the evaluation server")):
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument(what)
+        sub.add_argument(what, **dict(nargs="+") if name == "ladder" else {})
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
         sub.add_argument("--set", default="test" if name == "submit" else "val", help="its set [%(default)s]")
         if name == "submit":
@@ -293,9 +331,12 @@ def main():
             sub.add_argument("--limit", type=int, default=0, metavar="N", help="score N images spread over the set")
             sub.add_argument("--bing", metavar="DIR", help="BING's model for +bb [boxes around our own segments]")
             sub.add_argument("--mcg", metavar="DIR", help="MCG's <image>.mat candidates for +seg [our own hierarchy]")
-            sub.add_argument("--ilp-background", action="store_true", help="multiply class 0 by the image-level prior too")
+            sub.add_argument("--ilp-form", choices=list(infer.ILP_FORMS), default="objects", help="what Eq. 7 multiplies [objects]")
+            sub.add_argument("--forms", action="store_true", help="also a row for every form of Eq. 7")
+            sub.add_argument("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")
             sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
             sub.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
+            sub.add_argument("--sides", default="", help="images are brought to side*side pixels, e.g. 288,432 [the checkpoint's]")
             sub.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     args, start = parser.parse_args(), time.perf_counter()
     if args.command == "score":
@@ -311,22 +352,31 @@ def main():
                 print(f"{value:7.2f}  {name}")
         write_json(args.json, report)
     elif args.command == "ladder":
-        net, ckpt = infer.load_net(args.checkpoint, args.weights, pick_device(args.device))
         ids = data.voc_ids(args.voc, args.set)
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=ckpt["sides"], bing=args.bing,
-                       mcg=args.mcg)
-        delta, oracle = ckpt["thresholds"], args.oracle_thresholds
-        if oracle:
-            delta = oracle_thresholds(net, voc_samples(args.voc, data.voc_ids(args.voc, oracle)), **options)
-        report = ladder(net, voc_samples(args.voc, ids), delta=delta, ilp_background=args.ilp_background, **options)
-        if oracle:
-            print(f"ORACLE: bb and seg have thresholds fitted on the true masks of {oracle}; an upper bound, not a result")
-            report["oracle"] = f"thresholds of bb and seg fitted on the masks of {oracle}"
-            report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
-        print_ladder(report)
-        write_json(args.json, report)
+        tags, reports, settings = data.voc_tags(args.voc, args.set), {}, {}
+        tags = tags if all(i in tags for i in ids) else None
+        for path in args.checkpoint:
+            net, ckpt = infer.load_net(path, args.weights, pick_device(args.device))
+            options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=infer.numbers(args.sides) or ckpt["sides"],
+                           bing=args.bing, mcg=args.mcg)
+            delta = ckpt["thresholds"]
+            if args.oracle_thresholds:
+                fit = voc_samples(args.voc, data.voc_ids(args.voc, args.oracle_thresholds))
+                delta = oracle_thresholds(net, fit, **options)
+            report = ladder(net, voc_samples(args.voc, ids), delta=delta, tags=tags, form=args.ilp_form,
+                            forms=infer.ILP_FORMS if args.forms else (), priors=args.priors, **options)
+            if args.oracle_thresholds:
+                print(f"ORACLE: bb and seg have thresholds fitted on the true masks of {args.oracle_thresholds}; "
+                      "an upper bound, not a result")
+                report["oracle"] = f"thresholds of bb and seg fitted on the masks of {args.oracle_thresholds}"
+                report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
+            reports[path], settings[path] = report, ckpt["settings"]
+            print_ladder(report)
+        if len(reports) > 1:
+            print_runs(reports, settings)
+        write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)
     else:
         print(f"{args.out}: {submit(args.folder, args.voc, args.set, args.out)} label maps; upload as comp6")
 

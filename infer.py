@@ -6,14 +6,17 @@
 
 No true label is read here. Letters in shape comments: K classes, H W pixels, h w cells.
 """
+import collections
 import functools
 import gzip
 import heapq
 import math
 import pickle
 import re
+import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from scipy import ndimage
 
 import data
 from data import InputError
-from model import Net, dense_rows, load_trunk, peak_bytes, pick_device, upsample
+from model import Net, dense_rows, load_trunk, memory, peak_bytes, pick_device, upsample
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -116,13 +119,29 @@ def predict(net, image, dense=1, sides=()):
     return total.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
 
 
-def ilp(p, q, background=False):
-    """Image-level prior, Eq. 7: p (K, H, W) times q (K,). background: whether class 0 is multiplied as well.
+ILP_FORMS = {                                            # name: what multiplies each class's plane, of q (K,)
+    "objects": lambda q: np.r_[1, q[1:]],                # Eq. 7 read literally: background is not in C; measures best
+    "all": lambda q: q,                                  # background is multiplied too
+    "square": lambda q: np.r_[1, q[1:] ** 2],
+    "threshold": lambda q: np.r_[1, q[1:] > 0.05],       # a class is in the picture or not
+}
 
-    Eq. 7 read literally covers the object classes alone, and that measures better (see README.md).
-    """
-    q = q if background else np.concatenate([[1], q[1:]]).astype(q.dtype)
-    return p * q[:, None, None]
+
+def ilp(p, q, form="objects"):
+    """Image-level prior, Eq. 7: p (K, H, W) times a function of q (K,), see ILP_FORMS."""
+    return p * ILP_FORMS[form](q).astype(p.dtype)[:, None, None]
+
+
+def overlapped(network, priors, items, ahead=2):
+    """Yield priors(network(item)) in order; `priors` runs in threads while the network is at the next items (ahead 0: not)."""
+    with ThreadPoolExecutor(max(1, ahead)) as pool:
+        jobs = collections.deque()
+        for item in items:
+            jobs.append(pool.submit(priors, network(item)))
+            if len(jobs) > ahead:
+                yield jobs.popleft().result()
+        for job in jobs:
+            yield job.result()
 
 
 # ---------------------------------------------------------------- superpixels
@@ -596,14 +615,10 @@ PRIORS = {                                               # name: f(p (K, H, W), 
 }
 
 
-def rungs(net, scene, dense=1, sides=(), ilp_background=False):
-    """Yield (row of the ladder, labels (H, W)) for one Scene; the network runs once."""
-    p, q = predict(net, scene.image, dense, sides)
-    yield "base", p.argmax(0)
-    p = ilp(p, q, ilp_background)
-    yield "ilp", p.argmax(0)
-    for name, prior in list(PRIORS.items())[1:]:
-        yield f"ilp+{name}", prior(p, scene)
+def rungs(p, q, scene, form="objects", priors=tuple(PRIORS)):
+    """{row of the ladder: labels (H, W)} from the outputs of `predict` for one Scene."""
+    rows, p = {"base": p.argmax(0)}, ilp(p, q, form)
+    return rows | {"ilp" if name == "none" else f"ilp+{name}": PRIORS[name](p, scene) for name in priors}
 
 
 # ---------------------------------------------------------------- pictures
@@ -682,10 +697,11 @@ def main():
     parser.add_argument("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint does not hold them")
     parser.add_argument("--prior", choices=list(PRIORS), default="none", help="what smooths the label map [none]")
     parser.add_argument("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7")
-    parser.add_argument("--ilp-background", action="store_true", help="multiply class 0 by the image-level prior too")
+    parser.add_argument("--ilp-form", choices=list(ILP_FORMS), default="objects", help="what Eq. 7 multiplies [objects]")
     parser.add_argument("--bing", metavar="DIR", help="--prior bb: BING's model [boxes around our own segments]")
     parser.add_argument("--mcg", metavar="DIR", help="--prior seg: MCG's <image>.mat candidates [our own hierarchy]")
     parser.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
+    parser.add_argument("--ahead", type=int, default=2, metavar="N", help="images whose priors wait while the network goes on [2]")
     parser.add_argument("--soft", action="store_true", help="also write the class scores as .npz")
     parser.add_argument("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
@@ -701,29 +717,36 @@ def main():
         raise InputError(f"{sorted(twice)[0]}: two images of this name would write the same label file; run them apart")
     device = pick_device(args.device)
     net, ckpt = load_net(args.checkpoint, args.weights, device)
-    bad, out = [], Path(args.out)
-    for file in data.progress(files, "labelled"):
+    out, bad, begun = Path(args.out), [], time.perf_counter()
+
+    def network(file):
         try:
             image = data.load_image(file)
         except InputError as e:
-            bad.append(str(e))
-            continue
-        p, q = predict(net, image, args.dense or ckpt["dense"], ckpt["sides"])
-        p = ilp(p, q, args.ilp_background) if args.ilp else p
-        labels = PRIORS[args.prior](p, Scene(
-            image, ckpt["thresholds"], args.bing, args.mcg and Path(args.mcg, f"{file.stem}.mat")))
+            return bad.append(str(e))
+        return file, image, *predict(net, image, args.dense or ckpt["dense"], ckpt["sides"])
+
+    def priors(predicted):
+        if not predicted:
+            return
+        file, image, p, q = predicted
+        p = ilp(p, q, args.ilp_form) if args.ilp else p
+        scene = Scene(image, ckpt["thresholds"], args.bing, args.mcg and Path(args.mcg, f"{file.stem}.mat"))
+        labels = PRIORS[args.prior](p, scene)
         data.save_labels(out / f"{file.stem}.png", labels)
         if not args.voc:
-            data.write_atomically(out / f"{file.stem}_overlay.png",
-                                  lambda f: Image.fromarray(overlay(image, labels)).save(f, "png"))
+            picture = Image.fromarray(overlay(image, labels))
+            data.write_atomically(out / f"{file.stem}_overlay.png", lambda f: picture.save(f, "png"))
         if args.soft:
             data.write_atomically(out / f"{file.stem}.npz", lambda f: np.savez_compressed(
                 f, scores=p.astype(np.float16), image_scores=q, classes=np.array(ckpt["classes"])))
         if len(files) == 1:
             share = np.bincount(labels.ravel(), minlength=len(q)) / labels.size
-            print(f"{file}: " + ", ".join(f"{ckpt['classes'][k]} {100 * share[k]:.0f}%" for k in np.argsort(-share)
-                                          if share[k] > 0))
-    print(f"wrote {len(files) - len(bad)} label maps to {out}/")
+            print(f"{file}: " + ", ".join(f"{ckpt['classes'][k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k] > 0))
+    for _ in data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)):
+        pass
+    print(f"wrote {len(files) - len(bad)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
+          f"most memory {memory(device):.2f} GB")
     if bad:
         raise InputError(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
 

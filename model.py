@@ -13,6 +13,7 @@ Letters in shape comments: B batch, K classes, H W pixels, h w cells, D channels
 import argparse
 import math
 import os
+import sys
 import time
 from typing import NamedTuple
 
@@ -391,6 +392,14 @@ def stitched(net, images, factor):
             part, place = net.run(features, net.head_rows, net.head), out[:, :, dy::factor, dx::factor]
             place.copy_(part[:, :, :place.shape[2], :place.shape[3]])
     return out
+
+
+def memory(device):
+    """Most memory this process has held so far, GB: on the GPU if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource                                                   # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def rate(f, device, seconds=3.0):

@@ -308,6 +308,14 @@ def test_scorer_refuses_what_the_devkit_refuses():
         eval_voc.confusion(np.full((2, 2), 7, np.uint8), np.zeros((2, 2), np.uint8), 4)
 
 
+def test_average_precision_is_the_devkits_from_2010_on():
+    """Hits at ranks 1, 3, 6: precision 1, 2/3, 1/2 there, already monotone; a miss first makes the later best count."""
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    assert eval_voc.average_precision(scores, np.array([1, 0, 1, 0, 0, 1], bool)) == pytest.approx(100 * (1 + 2 / 3 + 1 / 2) / 3)
+    assert eval_voc.average_precision(scores, np.array([0, 1, 1, 0, 0, 0], bool)) == pytest.approx(100 * (2 / 3 + 2 / 3) / 2)
+    assert math.isnan(eval_voc.average_precision(scores, np.zeros(6, bool)))
+
+
 def test_palette_is_the_devkits():
     first = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128),
              (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128),
@@ -492,16 +500,18 @@ def two_processes(tmp_path_factory):
     return torchrun
 
 
-def test_two_processes_train_as_one(tmp_path, two_processes):
-    """The same global batch, shared by two gloo processes: equal losses over 20 steps, and one writer."""
-    args = ("train.py", *TOY[:-4], "--schedule", "steps", "--device", "cpu", "--steps", "20", "--dropout", "0", "--optimizer", "sgd",
-            "--lr", "0.001", "--log-every", "1")
-    status, err, _ = call("train", *args[1:], "--out", tmp_path / "one")
+def test_two_processes_train_as_one_and_resume(tmp_path, two_processes):
+    """The same global batch, shared by two gloo processes: equal losses over 20 steps, one writer, exact resume."""
+    args = (*TOY, "--steps", 20, "--dropout", 0, "--optimizer", "sgd", "--log-every", 1)
+    status, err, _ = call("train", *args, "--out", tmp_path / "one")
     assert status == 0, err
-    done = two_processes(*args[1:], "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    for name, more in (("two", ()), ("parts", ("--steps", 8)), ("parts", ("--resume",))):
+        done = two_processes(*args, "--out", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
     one, two = (np.array([row[2] for row in log_rows(tmp_path / n)[1:]], float) for n in ("one", "two"))
     assert len(one) == len(two) == 20 and np.abs(one - two).max() < 1e-5
+    assert log_rows(tmp_path / "two") == log_rows(tmp_path / "parts")
+    assert same(tensors(tmp_path / "two/ckpt.pt"), tensors(tmp_path / "parts/ckpt.pt"))
 
 
 def test_toy_masks_belong_to_the_toy_images(tmp_path):
@@ -722,8 +732,15 @@ def test_superpixels_of_thin_images():
 
 def test_image_level_prior_is_equation_7():
     p, q = np.random.default_rng(0).random((4, 3, 5)).astype(np.float32), np.array([0.1, 0.2, 0.3, 0.4], np.float32)
-    assert np.allclose(infer.ilp(p, q, background=True), np.array([p[k] * q[k] for k in range(4)]))
-    assert np.allclose(infer.ilp(p, q)[0], p[0]) and np.allclose(infer.ilp(p, q)[1:], infer.ilp(p, q, True)[1:])
+    want = {"all": p * q[:, None, None], "objects": np.array([p[0], *[p[k] * q[k] for k in (1, 2, 3)]]),
+            "square": np.array([p[0], *[p[k] * q[k] ** 2 for k in (1, 2, 3)]]), "threshold": p}
+    assert all(np.allclose(infer.ilp(p, q, form), want[form]) for form in infer.ILP_FORMS)
+
+
+def test_overlapped_keeps_order_and_every_item():
+    for ahead in (0, 1, 3):
+        assert list(infer.overlapped(lambda i: i + 1, lambda i: (time.sleep(0.01 * (i % 3)), i * i)[1], range(7), ahead)) == \
+            [i * i for i in range(1, 8)]
 
 
 def random_parts(rng, H=13, W=17, S=9, N=12):

@@ -10,6 +10,7 @@ Writes out/<preset>/: ckpt.pt, log.csv, settings.json, panel.png, and scores.jso
 (--aggregation max --r 5 --steps 200 --device cpu); `--help` lists them with the presets' and the paper's values.
 """
 import contextlib
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -32,7 +33,7 @@ import data
 import eval_voc
 import infer
 from data import InputError
-from model import AGGREGATIONS, TRUNKS, geometry, pick_device, tag_loss
+from model import AGGREGATIONS, TRUNKS, geometry, memory, pick_device, rate, tag_loss
 
 
 # ---------------------------------------------------------------- settings: this block is the help
@@ -95,8 +96,10 @@ class Settings:
     log_every: int = opt("run", 20, "steps between lines of log.csv")
     save_every: int = opt("run", 200, "steps between checkpoints", free=True)
     resume: bool = opt("run", False, "continue the run in --out", free=True)
+    bench: bool = opt("run", False, "train nothing; print images/s of loading, of the plain loop and of this one", free=True)
 
 
+PATHS = ("voc", "imagenet", "synsets", "images", "tags", "background", "masks", "cache", "weights", "out")
 PRESETS = {
     "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2200, dropout=0.0,
                 weight_decay=1e-4, jitter=False, log_every=100, threshold_images=60),
@@ -348,7 +351,11 @@ def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
     loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features, rows), batch_sampler=stream,
                                          num_workers=s.workers, pin_memory=device.type == "cuda")
     start, net, broken = time.perf_counter(), net.train(), set()
-    for step, (images, index, *labels) in zip(range(first, end), loader):
+    batches, waited = iter(loader), 0.0
+    for step in range(first, end):
+        asked = time.perf_counter()
+        images, index, *labels = next(batches)
+        waited += time.perf_counter() - asked
         note_broken(photos, [i for i, _ in stream.keys(step)[stream.share]], index.tolist(), broken)
         lr = learning_rate(s, step, begin, end)
         for group in optimizer.param_groups:
@@ -390,6 +397,8 @@ def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
             raise InputError(f"{out / 'ckpt.pt'}: interrupted and saved at step {done}; go on with --resume")
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if main:
+        print(f"{waited / (time.perf_counter() - start):.0%} of the time waiting for the loader")
 
 
 def agree(flag, device):
@@ -466,6 +475,44 @@ class Log:
         print(f"{step:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
 
 
+def bench(net, photos, s, device, batches=4):
+    """Images/s of loading alone, of the plain loop (float32, trunk in the loop), of this one, and of this one from a cache."""
+    loader = torch.utils.data.DataLoader(photos, batch_sampler=Stream(len(photos), s.batch, s.seed, range(batches)),
+                                         num_workers=s.workers, pin_memory=device.type == "cuda")
+    start = time.perf_counter()
+    held = [(images.to(device), photos.tags[index].to(device)) for images, index, *_ in loader]
+    print(f"loading: {batches * s.batch / (time.perf_counter() - start):.1f} images/s, {s.workers} workers")
+
+    def speed(net, amp, inputs, cached=False):
+        trained, turn = [p for p in net.parameters() if p.requires_grad], iter(inputs * 1000)
+        optimizer = torch.optim.AdamW(trained, 1e-6)
+
+        def step():
+            x, tags = next(turn)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                scores = net.scores(x.float() if cached else net.frozen(x))
+            optimizer.zero_grad(set_to_none=True)
+            loss = tag_loss(net.aggregate(scores), tags, s.loss)
+            loss.backward()
+            optimizer.step()
+            return loss
+        return rate(step, device) * s.batch, step().item()
+    plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    plain.normalise = lambda images: (images - plain.mean) / plain.std
+    with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+        kept = [(net.frozen(x).half(), tags) for x, tags in held]
+    base = None
+    ways = [("plain loop, float32", plain, False, held), ("this loop", net, s.amp, held)]
+    if net.cut:                                                   # something is frozen
+        ways += [("plain head from a cache, float32", plain, False, [(x.contiguous(), t) for x, t in kept], True),
+                 ("this head from a cache", net, s.amp, kept, True)]
+    for name, *arguments in ways:
+        images, loss = speed(*arguments)
+        base = base or images
+        print(f"{name}: {images:.1f} images/s, {images / base:.2f} times the plain loop, loss {loss:.3f}")
+    print(f"most memory: {memory(device):.2f} GB")
+
+
 def finish(preset, net, photos, s):
     """What follows training: thresholds from tags into the checkpoint, the panel, and for the toy the scored ladder."""
     def readable(indices):
@@ -478,6 +525,10 @@ def finish(preset, net, photos, s):
     delta = infer.tag_thresholds(net, tagged, s.dense, sides)
     ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=delta)
     data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
+    shared = {k: v for k, v in ckpt.items() if k not in ("optimizer", "pending")}              # to give away: no paths, half size
+    shared["model"] = {k: v.half() for k, v in ckpt["model"].items()}
+    shared["settings"] = {**ckpt["settings"], **dict.fromkeys(PATHS, "")}
+    data.write_atomically(out / "head.pt", lambda f: torch.save(shared, f))
     samples = [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
     if preset == "toy":
         samples = data.toy_scenes(s.seed, s.toy_scenes)
@@ -511,6 +562,9 @@ def main():
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print(f"{preset} on {device}: {len(photos):,} images, {len(photos.classes)} classes, {trained:,} trained parameters"
               + "".join(f", {k}={v}" for k, v in given.items()))
+    if s.bench:
+        return bench(net.train(), photos, s, device)
+    if rank == 0:
         data.write_atomically(out / "settings.json", lambda f: f.write(json.dumps(
             dict(dataclasses.asdict(s), commit=commit(), command=" ".join(sys.argv)), indent=1).encode()))
     features = None
