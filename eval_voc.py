@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import infer
 from data import InputError, VOID
-from model import pick_device
+from model import memory, pick_device
 
 # Mean IoU per class on VOC 2012 val in the paper's Table 4, background first, in devkit order.
 PAPER = {
@@ -332,6 +332,7 @@ def main():
             sub.add_argument("--bing", metavar="DIR", help="BING's model for +bb [boxes around our own segments]")
             sub.add_argument("--mcg", metavar="DIR", help="MCG's <image>.mat candidates for +seg [our own hierarchy]")
             sub.add_argument("--ilp-form", choices=list(infer.ILP_FORMS), default="objects", help="what Eq. 7 multiplies [objects]")
+            sub.add_argument("--panel", metavar="FILE", help="also draw the first 20 images, with truth, labels and score maps")
             sub.add_argument("--forms", action="store_true", help="also a row for every form of Eq. 7")
             sub.add_argument("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")
             sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
@@ -355,10 +356,10 @@ def main():
         ids = data.voc_ids(args.voc, args.set)
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        tags, reports, settings = data.voc_tags(args.voc, args.set), {}, {}
+        device, tags, reports, settings = pick_device(args.device), data.voc_tags(args.voc, args.set), {}, {}
         tags = tags if all(i in tags for i in ids) else None
         for path in args.checkpoint:
-            net, ckpt = infer.load_net(path, args.weights, pick_device(args.device))
+            net, ckpt = infer.load_net(path, args.weights, device)
             options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=infer.numbers(args.sides) or ckpt["sides"],
                            bing=args.bing, mcg=args.mcg)
             delta = ckpt["thresholds"]
@@ -374,6 +375,9 @@ def main():
                 report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
             reports[path], settings[path] = report, ckpt["settings"]
             print_ladder(report)
+            if args.panel:
+                infer.save_panel(args.panel, net, list(voc_samples(args.voc, ids[:20])), ckpt["classes"], options["dense"], options["sides"])
+        print(f"{len(ids) * len(reports) / (time.perf_counter() - start):.2f} images/s, most memory {memory(device):.2f} GB")
         if len(reports) > 1:
             print_runs(reports, settings)
         write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)

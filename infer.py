@@ -178,6 +178,18 @@ def _not_heaviest(right, down, diag, anti):
     return keep
 
 
+def _lightest(a, b, n):
+    """Indices of the edges a-b (sorted by cost, between n nodes) but for repeats of a pair, and for loops.
+
+    Repeats are found in a table of one slot per residue; where two pairs share a slot a repeat may stay, which is harmless.
+    """
+    key, every = np.minimum(a, b).astype(np.int64) * n + np.maximum(a, b), np.arange(len(a))
+    slot, first = key % 1_048_573, np.empty(1_048_573, np.int64)            # a prime below 2**20
+    first[slot[::-1]] = every[::-1]                                         # the first of a slot is written last
+    first = first[slot]
+    return np.flatnonzero(((first == every) | (key[first] != key)) & (a != b))
+
+
 def _roots(parent):
     """Union-find parents (list of n) -> root of every node, (n,) int32."""
     parent = np.array(parent, np.int32)
@@ -186,7 +198,7 @@ def _roots(parent):
     return parent
 
 
-def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
+def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
     """Felzenszwalb & Huttenlocher's graph-based segmentation (IJCV 2004) of an 8-connected pixel grid.
 
     image: (H, W, 3) uint8; scale: their k, in grey levels of 255 (larger = larger segments); sigma: pixels of Gaussian
@@ -237,7 +249,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
                                                 for m in [labels[p] != labels[q]]]))
     order = np.argsort(w, kind="stable")
     a, b, w = a[order], b[order], w[order]
-    keep = np.sort(np.unique(np.minimum(a, b) * n + np.maximum(a, b), return_index=True)[1])
+    keep = _lightest(a, b, n)
     a, b, w = a[keep], b[keep], w[keep]
     parent, limit, count = list(range(n)), (inner + k / size).tolist(), size.tolist()
     for i, j, cost in zip(a.tolist(), b.tolist(), w.tolist()):
@@ -251,7 +263,9 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=16):
             parent[j] = i
             count[i] += count[j]
             limit[i] = cost + k / count[i]
-    for i, j in zip(a.tolist(), b.tolist()):                                # too small: join across the lightest edge
+    a, b = (_roots(parent)[x] for x in (a, b))
+    keep = _lightest(a, b, n)
+    for i, j in zip(a[keep].tolist(), b[keep].tolist()):                    # too small: join across the lightest edge
         while i != parent[i]:
             i = parent[i]
         while j != parent[j]:

@@ -355,28 +355,25 @@ def pick_device(name="auto"):
 
 # ---------------------------------------------------------------- the table
 
-def describe(name, classes=21):
-    """Print the layer table of a trunk with its head, at its training size (Table 1 of the paper for overfeat)."""
-    spec, net = TRUNKS[name], Net(name, classes)
-    lines = table(net.rows, spec.size)
-    print(f"{name}: input {spec.size}x{spec.size}")
-    print(f"{'':10} {'kernel':>6} {'stride':>6} {'pad':>4} {'dilation':>8} {'cells':>9} {'channels':>8} {'parameters':>11} "
-          f"{'GFLOPs':>7} {'step':>5} {'field':>5} {'centre':>6}")
-    for i, line in enumerate(lines):
-        row, part = line["row"], "trunk" if i < len(spec.rows) else "head"
-        print(f"{part + ' ' + row.kind:10} {row.kernel:6} {row.stride:6} {row.pad:4} {row.dilation:8} "
-              f"{line['cells']:4}x{line['cells']:<4} {line['channels']:8} {line['parameters']:11,} {2 * line['gmac']:7.2f} "
-              f"{line['stride']:5} {line['field']:5} {line['centre']:6g}")
-
-
 def summary(name):
-    """(stride, field, parameters and GFLOPs of trunk and head) of a trunk with its default head, 21 classes."""
+    """(stride, field, parameters of trunk and of head, GFLOPs of trunk and of head) with the default head and 21 classes."""
     spec = TRUNKS[name]
     lines = table(Net(name).rows, spec.size)
     parts = lines[:len(spec.rows)], lines[len(spec.rows):]
-    return (lines[-1]["stride"], lines[-1]["field"],
-            *[f(part) for f in (lambda p: sum(x["parameters"] for x in p), lambda p: 2 * sum(x["gmac"] for x in p))
-              for part in parts])
+    return (lines[-1]["stride"], lines[-1]["field"], *(sum(x["parameters"] for x in part) for part in parts),
+            *(2 * sum(x["gmac"] for x in part) for part in parts))
+
+
+def describe(name):
+    """Print the layer table of a trunk with its default head, at its training size (Table 1 of the paper for overfeat)."""
+    spec = TRUNKS[name]
+    print(f"\n{name}: input {spec.size}x{spec.size}\n{'':10} {'kernel':>6} {'stride':>6} {'pad':>4} {'cells':>9} {'channels':>8} "
+          f"{'parameters':>11} {'GFLOPs':>7} {'step':>5} {'field':>5} {'centre':>6}")
+    for i, line in enumerate(table(Net(name).rows, spec.size)):
+        row, part = line["row"], "trunk" if i < len(spec.rows) else "head"
+        print(f"{part + ' ' + row.kind:10} {row.kernel:6} {row.stride:6} {row.pad:4} {line['cells']:4}x{line['cells']:<4} "
+              f"{line['channels']:8} {line['parameters']:11,} {2 * line['gmac']:7.2f} {line['stride']:5} {line['field']:5} "
+              f"{line['centre']:6g}")
 
 
 def stitched(net, images, factor):
@@ -414,14 +411,6 @@ def rate(f, device, seconds=3.0):
     return n / (time.perf_counter() - start)
 
 
-@torch.no_grad()
-def images_per_second(name):
-    device, size = pick_device(), TRUNKS[name].size
-    net = Net(name).to(device).to(memory_format=torch.channels_last).eval()
-    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, device=device)
-    return rate(lambda: net(images), device, 1.0)
-
-
 def bench(name, batch=4):
     """Measured images/s of the trunk alone, fp32 and bf16, each beside a matrix product's rate in the same process;
     and seconds of one dense pass over a 500x375 image beside the shifted passes that it replaces.
@@ -452,15 +441,16 @@ def main():
     parser.add_argument("--bench", action="store_true", help="also measure images per second on this machine")
     args = parser.parse_args()
     print(f"{'trunk':14} {'stride':>6} {'field':>6} {'trunk parameters':>17} {'head parameters':>16} {'GFLOPs trunk':>13} "
-          f"{'head':>6}")
+          f"{'head':>6} {'images/s':>9}")
     for name in [args.trunk] if args.trunk else TRUNKS:
         stride, field, p_trunk, p_head, f_trunk, f_head = summary(name)
-        print(f"{name:14} {stride:6} {field:6} {p_trunk:17,} {p_head:16,} {f_trunk:13.2f} {f_head:6.2f}")
+        net, size = Net(name).to(pick_device()).to(memory_format=torch.channels_last).eval(), TRUNKS[name].size
+        image = torch.zeros(1, 3, size, size, device=pick_device())
+        with torch.no_grad():
+            speed = rate(lambda: net(image), pick_device(), 1.0)
+        print(f"{name:14} {stride:6} {field:6} {p_trunk:17,} {p_head:16,} {f_trunk:13.2f} {f_head:6.2f} {speed:9.2f}")
     if args.trunk:
-        print()
         describe(args.trunk)
-        print(f"{args.trunk} with its head: {images_per_second(args.trunk):.2f} images/s forward on {pick_device()}, "
-              "fp32, one at a time")
     for name in [args.trunk] if args.trunk else TRUNKS:
         if args.bench:
             bench(name)
