@@ -316,7 +316,10 @@ def main():
                              ("ladder", "checkpoint", "every prior, from a checkpoint"),
                              ("submit", "folder", "pack label PNGs for the evaluation server")):
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument(what, **dict(nargs="+") if name == "ladder" else {})
+        if name == "ladder":
+            sub.add_argument(what, nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
+        else:
+            sub.add_argument(what, help="<image id>.png of every image, as infer.py writes them")
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
         sub.add_argument("--set", default="test" if name == "submit" else "val", help="its set [%(default)s]")
         if name == "submit":

@@ -64,6 +64,7 @@ def build_net(s, classes, generator=None):
     net = Net(s["trunk"], classes, numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], s["r"], s["dropout"],
               s["train_convs"], generator)
     net.amp = bool(s["amp"])                               # what was trained in bfloat16 also runs in it
+    net.cam = s["loss"] == "sigmoid" and not s["self_steps"] and not s["masks"]
     return net
 
 
@@ -95,8 +96,9 @@ def predict(net, image, dense=1, sides=()):
     """Probabilities of one image: p (K, H, W), Eq. 2 at every pixel, and q (K,), Eq. 2 of the aggregated scores.
 
     image (H, W, 3) uint8. dense: grid so many times finer than the stride. sides: the net sees the image resized to each
-    of these areas, side x side pixels (none: as it is), and scores are averaged. Returns float32 arrays. Raises InputError
-    where dense does not divide the stride, or memory would not do.
+    of these areas, side x side pixels (none: as it is), and scores are averaged. Returns float32 arrays. A net trained on tags
+    with sigmoids gives class activation maps (Zhou et al., CVPR 2016) for p, each divided by its maximum, background 0.3.
+    Raises InputError where dense does not divide the stride, or memory would not do.
     """
     try:
         rows = dense_rows(net.rows, dense)
@@ -116,7 +118,12 @@ def predict(net, image, dense=1, sides=()):
             scores, step, offset = net.dense(seen, dense)                            # (1, K, h, w)
         image_scores = image_scores + net.aggregate(scores)[0] / max(1, len(sides))
         total = total + upsample(scores, image.shape[:2], step, offset, size)[0] / max(1, len(sides))
-    return total.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
+    p, q = total.softmax(0), image_scores.softmax(0)
+    if net.cam:
+        p, q = F.relu(total), image_scores.sigmoid()
+        p /= p.amax((1, 2), keepdim=True).clamp(min=1e-6)
+        p[0] = 0.3
+    return p.cpu().numpy(), q.cpu().numpy()
 
 
 ILP_FORMS = {                                            # name: what multiplies each class's plane, of q (K,)
@@ -704,7 +711,7 @@ def save_panel(path, net, samples, classes, dense=1, sides=()):
 
 def main():
     parser = data.Parser(description=__doc__)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", help="ckpt.pt or head.pt of train.py")
     parser.add_argument("images", nargs="*", help="image files and folders")
     parser.add_argument("--voc", metavar="DIR", help="label a set of this devkit instead")
     parser.add_argument("--set", default="val", help="which set of --voc [val]")

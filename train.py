@@ -6,8 +6,9 @@
     python train.py folder --images DIR --tags tags.csv   # own classes: file,tag;tag;...
     torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
 
-Writes out/<preset>/: ckpt.pt, log.csv, settings.json, panel.png, and scores.json for the toy. Every setting is a flag
-(--aggregation max --r 5 --steps 200 --device cpu); `--help` lists them with the presets' and the paper's values.
+Writes out/<preset>/: ckpt.pt, head.pt (the same at half the precision, without paths and optimiser: to give away), log.csv,
+settings.json, panel.png, and scores.json for the toy. Every setting is a flag (--aggregation max --r 5 --steps 200 --device cpu);
+`--help` lists them with the presets' and the paper's values in brackets.
 """
 import contextlib
 import copy
@@ -99,7 +100,7 @@ class Settings:
     bench: bool = opt("run", False, "train nothing; print images/s of loading, of the plain loop and of this one", free=True)
 
 
-PATHS = ("voc", "imagenet", "synsets", "images", "tags", "background", "masks", "cache", "weights", "out")
+PATHS = ("voc", "imagenet", "synsets", "images", "tags", "background", "cache", "weights", "out")
 PRESETS = {
     "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2200, dropout=0.0,
                 weight_decay=1e-4, jitter=False, log_every=100, threshold_images=60),
@@ -113,8 +114,8 @@ PRESETS = {
 
 def parse(argv):
     """Command line -> (preset, Settings); refuses unknown flags and values by name."""
-    parser = data.Parser(description=__doc__)
-    parser.add_argument("preset", nargs="?", default="toy", choices=list(PRESETS))
+    parser = data.Parser(description=__doc__, usage="train.py [toy|voc|paper|folder] [--setting value ...]")
+    parser.add_argument("preset", nargs="?", default="toy", choices=list(PRESETS), help="which defaults [toy]")
     groups = {}
     for f in dataclasses.fields(Settings):
         m = f.metadata
@@ -527,7 +528,7 @@ def finish(preset, net, photos, s):
     data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
     shared = {k: v for k, v in ckpt.items() if k not in ("optimizer", "pending")}              # to give away: no paths, half size
     shared["model"] = {k: v.half() for k, v in ckpt["model"].items()}
-    shared["settings"] = {**ckpt["settings"], **dict.fromkeys(PATHS, "")}
+    shared["settings"] = {**ckpt["settings"], **dict.fromkeys(PATHS, ""), "masks": "given" * bool(s.masks)}
     data.write_atomically(out / "head.pt", lambda f: torch.save(shared, f))
     samples = [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
     if preset == "toy":
