@@ -6,6 +6,7 @@
 Tests of real data read ../shared (see README.md) and are skipped, saying so, where it is absent.
 """
 import csv
+import dataclasses
 import importlib
 import io
 import json
@@ -542,6 +543,31 @@ def test_augmentation_moves_labels_with_the_image():
     assert inside[moved_labels != 255].float().mean() > 0.99
     still, labels2 = data.augment(images, torch.full((7, 6), 0.5), labels, flip=0)        # the middle of every range
     assert torch.allclose(still, images, atol=1e-3) and torch.equal(labels2, labels)
+
+
+def test_cached_features_are_the_trunks_resume_and_refuse_strangers(tmp_path):
+    for n, image in enumerate(data.toy_photos(0, 40).paths):
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+    photos = data.Photos(data.image_files(tmp_path), torch.eye(2)[[1] * 40], ["background", "a"], 32)
+    net, device = model.Net("tiny", 2, generator=torch.Generator().manual_seed(0)), torch.device("cpu")
+    s = train.Settings(trunk="tiny", size=32, cache=str(tmp_path / "c"), views=2)
+    features = train.cached_features(net, photos, s, device)
+    want = net.frozen(torch.stack([photos[i, 0.5][0] for i in range(40)]))
+    assert np.abs(features[:, 0] - want.numpy()).max() < 2e-3 * want.max() and not (features[:, 0] == features[:, 1]).all()
+    whole, state = np.array(features), tmp_path / "c/cache.json"
+    known = json.loads(state.read_text())
+    state.write_text(json.dumps(dict(known, done=32)))                        # killed in its second block
+    torn = np.load(tmp_path / "c/features.npy", mmap_mode="r+")
+    torn[35:] = 0
+    assert (train.cached_features(net, photos, s, device) == whole).all()
+    keys = {(i, v): train.Cached(photos, features, range(40), True)[i, v][0] for i in (0, 7) for v in (0.1, 0.3, 0.6, 0.9)}
+    for i in (0, 7):
+        for view, (plain, mirrored) in enumerate([(0.1, 0.3), (0.6, 0.9)]):
+            assert (keys[i, plain].numpy() == whole[i, view]).all() and torch.equal(keys[i, plain].flip(2), keys[i, mirrored])
+    net.trunk[0].bias.data += 1
+    for other in (s, dataclasses.replace(s, size=48), dataclasses.replace(s, amp=True)):
+        with pytest.raises(InputError, match="made for another .*(weights|size|amp)"):
+            train.cached_features(net, photos, other, device)
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint_and_resumes_equal(tmp_path):

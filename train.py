@@ -55,7 +55,7 @@ class Settings:
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
     masks: str = opt("data", "", "folder of label PNGs to learn per pixel: true ones, or the net's own (toy: drawn)", free=True)
     cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
-    views: int = opt("data", 2, "cached views of an image: the first plain, the second flipped, others jittered")
+    views: int = opt("data", 1, "cached views of an image: the first as it is, the others jittered")
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
     size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)")
     threshold_images: int = opt("data", 100, "training images from whose tags the thresholds delta are fitted", free=True)
@@ -86,7 +86,7 @@ class Settings:
     self_steps: int = opt("optimiser", 0, "then steps on labels that the net itself gives the training images", free=True)
     self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", free=True)
     balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies")
-    jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (with a cache: cached views)")
+    jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (cached features: flip)")
 
     out: str = opt("run", "", "output folder (empty: out/<preset>)", free=True)
     seed: int = opt("run", 0, "decides weights, order, jitter and dropout")
@@ -105,7 +105,7 @@ PRESETS = {
     "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2200, dropout=0.0,
                 weight_decay=1e-4, jitter=False, log_every=100, threshold_images=60),
     "voc": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=1100,
-                self_steps=900, self_rounds=2, weight_decay=1e-4, amp=True, size=288, views=1),
+                self_steps=900, self_rounds=2, weight_decay=1e-4, amp=True, size=288),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
     "folder": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500,
                    weight_decay=1e-4),
@@ -244,7 +244,7 @@ def cached_features(net, photos, s, device):
     names = hashlib.sha256("\n".join(f"{Path(p).parent.name}/{Path(p).name}" for p in photos.paths).encode())
     sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
     key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, amp=s.amp, weights=weights.hexdigest(),
-               list=names.hexdigest(), shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 2 else 0)
+               list=names.hexdigest(), shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 1 else 0)
     state = folder / "cache.json"
     found = json.loads(state.read_text()) if state.exists() else None
     if found and found["key"] != key:
@@ -261,8 +261,7 @@ def cached_features(net, photos, s, device):
         note_broken(photos, part, got, broken)
         images = torch.stack(images).to(device)
         for view in range(s.views):
-            seen = images if view == 0 else images.flip(3) if view == 1 else \
-                data.augment(images, draws(s, start * s.views + view, len(images)))[0]
+            seen = data.augment(images, draws(s, start * s.views + view, len(images)))[0] if view else images
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
                 parts = [net.frozen(part) for part in seen.split(4)]
             features[start:start + len(seen), view] = torch.cat(parts).half().cpu().numpy()
@@ -272,18 +271,23 @@ def cached_features(net, photos, s, device):
 
 
 class Cached(torch.utils.data.Dataset):
-    """The photos' features in the place of their pixels; a key's place chooses the view."""
+    """The photos' features in the place of their pixels; a key's place chooses the view, and whether it is mirrored.
 
-    def __init__(self, photos, features, rows):
-        self.photos, self.features, self.rows = photos, features, rows
+    A mirrored map is nearly that of the mirrored image. Labels belong to the first view.
+    """
+
+    def __init__(self, photos, features, rows, jitter):
+        self.photos, self.features, self.rows, self.jitter = photos, features, rows, jitter
 
     def __getitem__(self, key):
         i, place = key
-        view, masked = int(place * self.features.shape[1]), isinstance(self.photos, data.Masked)
-        features = torch.from_numpy(self.features[self.rows[i], view].copy())
-        if not masked:
-            return features, i
-        return features, i, self.photos.labels(i).flip(1) if view == 1 else self.photos.labels(i)
+        masked = isinstance(self.photos, data.Masked)
+        view, mirror = divmod(int(place * 2 * (1 if masked else self.features.shape[1])), 2)
+        features = torch.from_numpy(self.features[self.rows[i], view].copy())                  # (D, h, w)
+        item = [features, i] + ([self.photos.labels(i)] if masked else [])
+        if mirror and self.jitter:
+            item[::2] = [x.flip(-1) for x in item[::2]]
+        return item
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -349,7 +353,7 @@ def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
     stop = []                                                     # Ctrl-C and SIGTERM end the loop after its step
     handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
-    loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features, rows), batch_sampler=stream,
+    loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features, rows, s.jitter), batch_sampler=stream,
                                          num_workers=s.workers, pin_memory=device.type == "cuda")
     start, net, broken = time.perf_counter(), net.train(), set()
     batches, waited = iter(loader), 0.0
