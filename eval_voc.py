@@ -196,22 +196,33 @@ def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=
     return report
 
 
-def oracle_thresholds(net, samples, classes, dense=1, sides=(), bing=None, mcg=None, steps=200):
-    """delta per prior that is best for each class's IoU on the TRUE MASKS of samples: an upper bound, never a result."""
-    counts = {name: np.zeros((2, len(classes), steps), np.int64) for name in ("bb", "seg")}       # wrong, right
-    pixels = np.zeros(len(classes), np.int64)
-    for name, image, truth in samples:
-        scene = infer.Scene(image, None, bing, mcg and Path(mcg, f"{name}.mat"))
-        p, keep = infer.ilp(*infer.predict(net, image, dense, sides)), truth != VOID
-        k, pixels = p[1:].argmax(0) + 1, pixels + np.bincount(truth[keep], minlength=len(classes))
-        for prior, table in counts.items():
-            v = np.take_along_axis(p, k[None], 0)[0] * scene.objectness[prior]
-            bins = (v[keep] * steps).astype(int).clip(0, steps - 1)
-            np.add.at(table, ((truth == k)[keep].astype(int), k[keep], bins), 1)
+def fit_thresholds(net, samples, dense=1, sides=(), shrink=3, steps=1000):
+    """delta per prior, {"bb": K floats, "seg": K floats}: each class's best IoU with the labels of some images.
+
+    samples: iterable of (Scene, labels). labels: tags (K,) of 0/1, from which the net makes labels itself (`refine` of its
+    tagged classes: nothing but tags is used), or true masks (H, W) (an upper bound, never a result). shrink: a class seen in
+    n images weighs its own IoU n against `shrink` times the mean of all classes. Thresholds are multiples of 1 / steps.
+    """
+    counts, pixels, images = {"bb": 0, "seg": 0}, 0, 0
+    for scene, labels in samples:
+        p, q = infer.predict(net, scene.image, dense, sides)
+        K, labels = len(p), np.asarray(labels)
+        if labels.ndim == 1:
+            tagged = (labels > 0) | (np.arange(K) == 0)
+            labels = infer.refine(p * tagged[:, None, None], scene.image, scene.regions).argmax(0)
+        p, keep, here = infer.ilp(p, q), labels != VOID, np.bincount(labels.ravel(), minlength=K)[:K]
+        pixels, images = pixels + here, images + (here > 0)
+        for prior in counts:
+            k, v = infer.evidence(p, scene.objectness[prior])
+            bins = np.minimum(v * steps, steps - 1).astype(int)
+            cell = (((labels == k) * K + k) * steps + bins)[keep]
+            counts[prior] = counts[prior] + np.bincount(cell, minlength=2 * K * steps).reshape(2, K, steps)  # wrong, right
     deltas = {}
     for prior, table in counts.items():
         wrong, right = table[:, :, ::-1].cumsum(2)[:, :, ::-1]                 # drawn where v is in this bin or above
-        deltas[prior] = ((right / np.maximum(wrong + pixels[:, None], 1)).argmax(1) / steps).tolist()
+        iou = right / np.maximum(wrong + pixels[:, None], 1)                   # (K, steps)
+        delta = (images[:, None] * iou + shrink * iou[1:].mean(0)).argmax(1) / steps
+        deltas[prior] = [0.0, *delta[1:].tolist()]
     return deltas
 
 
@@ -368,7 +379,8 @@ def main():
             delta = ckpt["thresholds"]
             if args.oracle_thresholds:
                 fit = voc_samples(args.voc, data.voc_ids(args.voc, args.oracle_thresholds))
-                delta = oracle_thresholds(net, fit, **options)
+                scenes = ((infer.Scene(image, None, args.bing, args.mcg and Path(args.mcg, f"{i}.mat")), m) for i, image, m in fit)
+                delta = fit_thresholds(net, scenes, options["dense"], options["sides"], shrink=1e-9)
             report = ladder(net, voc_samples(args.voc, ids), delta=delta, tags=tags, form=args.ilp_form,
                             forms=infer.ILP_FORMS if args.forms else (), priors=args.priors, **options)
             if args.oracle_thresholds:

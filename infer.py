@@ -9,7 +9,6 @@ No true label is read here. Letters in shape comments: K classes, H W pixels, h 
 import collections
 import functools
 import gzip
-import heapq
 import math
 import pickle
 import re
@@ -25,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
+from scipy.cluster.hierarchy import linkage
+from scipy.sparse.csgraph import shortest_path
+from scipy.spatial.distance import squareform
 
 import data
 from data import InputError
@@ -289,100 +291,40 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
 
 # ---------------------------------------------------------------- proposals: our hierarchy, BING's boxes, MCG's file
 
-def colour_texture(image, sigma=1.0):
-    """Per-pixel description (H, W, 6) of an RGB uint8 image: brightness, red-green and yellow-blue (each 0..1 wide, Gaussian
-    smoothing of sigma pixels), and the mean gradient size of each in a 4-pixel neighbourhood (texture)."""
-    r, g, b = (ndimage.gaussian_filter(c, sigma) for c in np.moveaxis(image / np.float32(255), 2, 0))
-    planes = [(r + g + b) / 3, (r - g) / 2, (r + g) / 4 - b / 2]
-    rough = [ndimage.gaussian_filter(np.abs(dx) + np.abs(dy), 4) for dy, dx in map(np.gradient, planes)]
-    return np.stack(planes + rough, -1)
+def hierarchy(labels, image, least=0.002):
+    """Candidate segments: the nodes of a merge tree over superpixels, scored by contrast with the picture's border.
 
+    labels: (H, W) int, every one of 0..S-1 present; image: (H, W, 3) uint8. Returns segments (N, S) bool, one row per
+    candidate: the superpixels in it, and scores (N,) in [0, 1], best first. Nothing is trained.
 
-def adjacency(labels, strength):
-    """Neighbouring superpixels of labels (H, W): pairs (M, 2) with i < j, common boundary lengths (M,) in pixel edges
-    (4-neighbours), and the mean of strength (H, W) along each boundary (M,)."""
-    n, sums = int(labels.max()) + 1, []
-    for p, q in (((slice(None), slice(None, -1)), (slice(None), slice(1, None))), (slice(None, -1), slice(1, None))):
-        a, b, s = labels[p], labels[q], (strength[p] + strength[q]) / 2
-        cut = a != b
-        sums.append((np.minimum(a, b)[cut].astype(np.int64) * n + np.maximum(a, b)[cut], s[cut]))
-    key, s = (np.concatenate(x) for x in zip(*sums))
-    key, which, length = np.unique(key, return_inverse=True, return_counts=True)
-    return np.stack([key // n, key % n], 1), length, np.bincount(which, s, len(key)) / length
-
-
-def hierarchy(labels, image, texture=2.0, edge=4.0, balance=1.0, least=0.002):
-    """Candidate segments by merging superpixels, weakest boundary first; nothing is trained.
-
-    labels: (H, W) int 0..S-1; image: (H, W, 3) uint8. Returns segments (N, S) bool, one row per candidate: the superpixels in
-    it, and scores (N,) in [0, 1], best first.
-
-    Two neighbours differ by d = |colour| + texture * |texture| + edge * mean boundary gradient, and the pair with the lowest
-    d * (smaller size / mean size)^balance merges; the new segment takes size-weighted means and boundaries add up. A candidate
-    with mean difference `out` across its outer boundary, and `inner` at the merge that made it, scores
-    out / (out + inner) * (share of its outline that lies inside the picture). Segments under `least` of the picture are left out.
+    A step between neighbours costs the contrast across their boundary: the distance of their mean colours (RGB in 0..1).
+    Two superpixels are as far apart as the cheapest path between them costs, and average linkage merges the closest. A
+    candidate's score is the mean distance of its pixels from the nearest superpixel at the picture's border (geodesic
+    saliency, Wei et al., ECCV 2012), scaled to 0..1 over the candidates. Those under `least` of the picture are left out.
     """
-    H, W = labels.shape
-    what = colour_texture(image) * np.float32([1, 1, 1, texture, texture, texture])          # (H, W, 6)
-    S, flat = int(labels.max()) + 1, labels.ravel()
-    size = np.bincount(flat, minlength=S)
-    mean = np.stack([np.bincount(flat, c, S) for c in what.reshape(-1, 6).T], 1) / size[:, None]
-    grad = np.sqrt(sum(ndimage.gaussian_gradient_magnitude(what[..., c], 1.5) ** 2 for c in range(3)))
-    pairs, length, strength = adjacency(labels, grad)
-    rim = np.bincount(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]), minlength=S)
-
-    members = [1 << i for i in range(S)]                                    # a bit per superpixel
-    size, mean, rim, inner = size.tolist(), list(mean), rim.tolist(), [0.0] * S
-    near = [{} for _ in range(S)]                                           # near[i][j] = [length, summed gradient]
-    for (i, j), n, s in zip(pairs.tolist(), length.tolist(), (length * strength).tolist()):
-        near[i][j] = near[j][i] = (n, s)
-
-    def differ(i, j):
-        d, (n, s) = mean[i] - mean[j], near[i][j]
-        return math.sqrt(d[:3] @ d[:3]) + math.sqrt(d[3:] @ d[3:]) + edge * s / n
-
-    unit = H * W / S
-    push = lambda i, j: heapq.heappush(heap, (differ(i, j) * (min(size[i], size[j]) / unit) ** balance, i, j))
-    heap, out = [], []
-    for i, j in pairs.tolist():
-        push(i, j)
-
-    def finish(i):                                                          # its surroundings at the time it is merged away
-        n = sum(x for x, _ in near[i].values())
-        out.append((i, sum(near[i][j][0] * differ(i, j) for j in near[i]) / max(n, 1), n / max(n + rim[i], 1)))
-    while heap:
-        _, i, j = heapq.heappop(heap)
-        if near[i] is None or near[j] is None:
-            continue
-        finish(i), finish(j)
-        new = len(near)
-        members.append(members[i] | members[j]), size.append(size[i] + size[j]), rim.append(rim[i] + rim[j])
-        mean.append((size[i] * mean[i] + size[j] * mean[j]) / size[new]), inner.append(differ(i, j)), near.append({})
-        for old in (i, j):
-            for k, (n, s) in near[old].items():
-                if k != i and k != j:
-                    m, t = near[new].get(k, (0, 0.0))
-                    near[new][k] = near[k][new] = (n + m, s + t)
-                    del near[k][old]
-            near[old] = None
-        for k in near[new]:
-            push(new, k)
-    kept = [(members[i], o / (o + inner[i]) * inside if o else 0.0) for i, o, inside in out if size[i] >= least * H * W]
-    kept.sort(key=lambda c: -c[1])
-    wide = (S + 7) // 8
-    bits = np.frombuffer(b"".join(m.to_bytes(wide, "little") for m, _ in kept), np.uint8).reshape(-1, wide)
-    return np.unpackbits(bits, 1, S, "little").astype(bool), np.array([s for _, s in kept])
+    size = np.bincount(labels.ravel())
+    colour = np.stack([np.bincount(labels.ravel(), c) for c in image.reshape(-1, 3).T / 255], 1) / size[:, None]   # (S, 3)
+    cost = np.zeros((len(size), len(size)))                                 # 0: no neighbours
+    for a, b in ((labels[:, 1:], labels[:, :-1]), (labels[1:], labels[:-1])):
+        a, b = a[a != b], b[a != b]
+        cost[a, b] = cost[b, a] = np.linalg.norm(colour[a] - colour[b], axis=1) + 1e-6
+    far = shortest_path(cost, directed=False)                               # (S, S)
+    tree = linkage(squareform(far, checks=False), "average") if len(far) > 1 else np.empty((0, 4))
+    segments = np.eye(len(far) + len(tree), len(far), dtype=bool)
+    for new, pair in enumerate(tree[:, :2].astype(int), len(far)):
+        segments[new] = segments[pair].any(0)
+    segments = segments[segments @ size >= least * labels.size]
+    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    scores = segments @ (size * far[:, np.unique(border)].min(1)) / (segments @ size)
+    order = np.argsort(-scores, kind="stable")
+    return segments[order], ((scores - scores.min()) / max(np.ptp(scores), 1e-12))[order]
 
 
 def boxes_of(segments, labels):
     """Tight boxes (N, 4) x0 y0 x1 y1 (x1, y1 outside) of segments (N, S) bool over labels (H, W); empty ones: zeros."""
-    found = ndimage.find_objects(labels + 1, segments.shape[1])             # the slices of each superpixel
-    low = np.array([[s[1].start, s[0].start] if s else [np.inf] * 2 for s in found])
-    high = np.array([[s[1].stop, s[0].stop] if s else [-np.inf] * 2 for s in found])
-    low = np.where(segments[..., None], low, np.inf).min(1)
-    high = np.where(segments[..., None], high, -np.inf).max(1)
-    box = np.concatenate([low, high], 1)
-    return np.where(np.isfinite(box).all(1, keepdims=True), box, 0).astype(np.float32)
+    ends = [(x.start, y.start, -x.stop, -y.stop) for y, x in ndimage.find_objects(labels + 1)]
+    box = np.stack([np.where(segments, end, np.inf).min(1) for end in zip(*ends)], 1) * [1, 1, -1, -1]
+    return np.where(np.isfinite(box), box, 0).astype(np.float32)
 
 
 def cover_score(scores, shape, boxes=None, segments=None, labels=None):
@@ -528,13 +470,20 @@ def vote(labels, regions):
     return counts.reshape(-1, classes).argmax(1)[regions]
 
 
-def thresholded(p, objectness, delta):
-    """SP-bb and SP-seg: the best object class where its p times objectness exceeds delta, else background.
+def evidence(p, objectness):
+    """SP-bb and SP-seg: the best object class k (H, W), 1.., and v (H, W): its share of p (K, H, W) times objectness (H, W).
 
-    p (K, H, W) after the image-level prior, objectness (H, W) from `cover_score`, delta (K,) -> labels (H, W).
+    A share because the image-level prior leaves sums below 1: v then knows how large the background's p is.
     """
-    k = p[1:].argmax(0) + 1
-    v = np.take_along_axis(p, k[None], 0)[0] * objectness
+    return p[1:].argmax(0) + 1, p[1:].max(0) / np.maximum(p.sum(0), 1e-30) * objectness
+
+
+def thresholded(p, objectness, delta):
+    """SP-bb and SP-seg: the best object class where its `evidence` exceeds delta, else background.
+
+    p (K, H, W) after the image-level prior, objectness (H, W) as in Scene, delta (K,) -> labels (H, W).
+    """
+    k, v = evidence(p, objectness)
     return np.where(v > np.asarray(delta)[k], k, 0)
 
 
@@ -591,40 +540,19 @@ class Scene:
 
     @functools.cached_property
     def objectness(self):
-        """{"bb", "seg"}: p(pixel in an object), (H, W)."""
-        shape, (segments, scores), regions = self.image.shape[:2], self.segments, self.regions
+        """{"bb", "seg"}: p(pixel in an object), (H, W) in [0, 1): o / (o + mean of o over the picture), where o is the mean
+        score of the covering proposals (`cover_score`) less its minimum. 0.5 is a picture's average on any scale of scores."""
+        shape, regions = self.image.shape[:2], self.regions
+        segments, scores = (None, None) if self.bing and self.mcg else self.segments
         boxes = bing(self.image, self.bing) if self.bing else (boxes_of(segments, regions), scores)
         if self.mcg:
             regions, segments, scores = read_mcg(self.mcg)
             if regions.shape != shape:
                 raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but its image has "
                                  f"{shape[1]}x{shape[0]}; is it another image's?")
-        return {"bb": cover_score(boxes[1], shape, boxes[0]), "seg": cover_score(scores, shape, None, segments, regions)}
-
-
-def tag_thresholds(net, samples, dense=1, sides=(), area=0.01):
-    """delta per prior from tags alone: {"bb": K floats, "seg": K floats}, background's 0.
-
-    samples: iterable of (image (H, W, 3) uint8, tags (K,) of 0/1). delta_k is where "class k is drawn on more than this
-    share of the picture" agrees best (F1) with the tags.
-    """
-    reached, tags = {"bb": [], "seg": []}, []
-    for image, present in samples:
-        scene, p = Scene(image), ilp(*predict(net, image, dense, sides))
-        best = np.where(p == p[1:].max(0), p, 0)                               # (K, H, W): p where the class wins
-        for name, rows in reached.items():
-            rows.append([np.quantile(v, 1 - area) for v in best * scene.objectness[name]])
-        tags.append(np.asarray(present))
-    deltas, tags = {}, np.array(tags) > 0                                                              # (N, K)
-    for name, rows in reached.items():
-        delta = np.zeros(tags.shape[1])
-        for k, v in enumerate(np.array(rows).T):
-            cuts = np.concatenate([[0], np.unique(v)])
-            drawn = v > cuts[:, None]                                                                  # (cuts, N)
-            f1 = 2 * (drawn & tags[:, k]).sum(1) / np.maximum(drawn.sum(1) + tags[:, k].sum(), 1)
-            delta[k] = cuts[f1.argmax()] if k else 0
-        deltas[name] = delta.tolist()
-    return deltas
+        maps = {"bb": cover_score(boxes[1], shape, boxes[0]), "seg": cover_score(scores, shape, None, segments, regions)}
+        maps = {name: o - o.min() for name, o in maps.items()}
+        return {name: o / np.maximum(o + o.mean(), 1e-12) for name, o in maps.items()}
 
 
 PRIORS = {                                               # name: f(p (K, H, W), Scene) -> labels (H, W)

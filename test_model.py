@@ -796,7 +796,7 @@ def test_objectness_is_the_mean_score_of_covering_proposals(seed):
 def test_votes_means_and_thresholds_equal_their_loops():
     rng = np.random.default_rng(0)
     p, guess = rng.random((4, 9, 11)).astype(np.float32), rng.integers(0, 4, (9, 11))
-    regions, objectness, delta = random_parts(rng, 9, 11)[0], rng.random((9, 11)), np.array([0, 0.2, 0.5, 0.7])
+    regions, objectness, delta = random_parts(rng, 9, 11)[0], rng.random((9, 11)), np.array([0, 0.1, 0.2, 0.3])
     mean, vote, labels = infer.superpixel_mean(p, regions)[0], infer.vote(guess, regions), infer.thresholded(p, objectness, delta)
     for s in range(9):
         assert np.allclose(mean[s], p[:, regions == s].mean(1), atol=1e-6)
@@ -804,7 +804,7 @@ def test_votes_means_and_thresholds_equal_their_loops():
     for y in range(9):
         for x in range(11):
             k = max((1, 2, 3), key=lambda k: p[k, y, x])
-            assert labels[y, x] == (k if p[k, y, x] * objectness[y, x] > delta[k] else 0)
+            assert labels[y, x] == (k if p[k, y, x] / p[:, y, x].sum() * objectness[y, x] > delta[k] else 0)
 
 
 def test_pixel_adaptive_refinement_equals_its_loops():
@@ -825,17 +825,53 @@ def test_pixel_adaptive_refinement_equals_its_loops():
     assert np.allclose(infer.pixel_adaptive(x, guide, (1, 3), 2), want, atol=1e-5)
 
 
-def test_hierarchy_is_nested_connected_and_finds_the_object():
+@pytest.mark.parametrize("seed", range(4))
+def test_hierarchy_equals_its_loops(seed):
+    """Shortest paths by relaxation, average linkage by comparing all pairs of clusters, scores pixel by pixel."""
+    image = random_image(seed, 24, 30)
+    labels = infer.superpixels(image, 20, 0.5, 6)
+    S, (H, W) = labels.max() + 1, labels.shape
+    colour = [image[labels == s].mean(0) / 255 for s in range(S)]
+    far = np.where(np.eye(S), 0.0, np.inf)
+    for y in range(H):
+        for x in range(W):
+            for u, v in ((y + 1, x), (y, x + 1)):
+                if u < H and v < W and labels[y, x] != labels[u, v]:
+                    a, b = labels[y, x], labels[u, v]
+                    far[a, b] = far[b, a] = np.linalg.norm(colour[a] - colour[b]) + 1e-6
+    for via in range(S):
+        far = np.minimum(far, far[:, via, None] + far[via])
+    clusters, nodes = [{s} for s in range(S)], [{s} for s in range(S)]
+    while len(clusters) > 1:
+        _, i, j = min((np.mean([far[a, b] for a in clusters[i] for b in clusters[j]]), i, j)
+                      for i in range(len(clusters)) for j in range(i))
+        joined = clusters.pop(i) | clusters.pop(j)
+        clusters.append(joined), nodes.append(joined)
+    rim = {*labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]}
+    saliency = np.array([min(far[s, b] for b in rim) for s in range(S)])[labels]
+    nodes = {frozenset(map(int, node)): saliency[np.isin(labels, list(node))].mean() for node in nodes
+             if np.isin(labels, list(node)).mean() >= 0.02}
+    low, high = min(nodes.values()), max(nodes.values())
+    segments, scores = infer.hierarchy(labels, image, 0.02)
+    got = {frozenset(np.flatnonzero(row).tolist()): score for row, score in zip(segments, scores)}
+    assert len(segments) == len(nodes) > 5 and got.keys() == nodes.keys() and (np.diff(scores) <= 0).all()
+    assert all(np.isclose(got[node], (value - low) / (high - low)) for node, value in nodes.items())
+
+
+def test_hierarchy_finds_the_object():
     image = np.full((40, 60, 3), 30, np.uint8)
     image[10:30, 20:45], image[10:30, 32:45] = (200, 60, 40), (190, 70, 45)                # two similar halves
     labels = np.arange(6)[np.minimum(np.arange(60) // 20, 2)] + 3 * (np.arange(40) >= 20)[:, None]
     labels = np.where(image[..., 0] > 195, 6, np.where(image[..., 0] > 100, 7, labels)).astype(np.int32)
     segments, scores = infer.hierarchy(labels, image)
     at = [i for i, s in enumerate(segments) if (s == np.isin(np.arange(8), [6, 7])).all()]
-    assert at and scores[at[0]] > 0.5 and scores.min() >= 0 and scores.max() <= 1 and (np.diff(scores) <= 0).all()
+    assert at and scores[at[0]] > 0.9 and scores.min() == 0 and scores.max() == 1 and (np.diff(scores) <= 0).all()
     for row in segments:
         assert ndimage.label(row[labels])[1] == 1
         assert all((row & other).sum() in (0, row.sum(), other.sum()) for other in segments)
+    for name, o in infer.Scene(image).objectness.items():
+        assert o.min() == 0 and o.max() < 1 and o[20, 38] > 0.6 and o[2, 2] < 0.3, name
+    assert [len(x) for x in infer.hierarchy(np.zeros((4, 5), np.int32), image[:4, :5])] == [1, 1]       # one superpixel
 
 
 def test_normed_gradient_equals_its_loop():
@@ -871,22 +907,43 @@ def test_mcg_files(tmp_path):
             infer.read_mcg(path)
 
 
-def test_thresholds_from_tags_separate_tagged_from_untagged():
-    """Class 1 is scored 0.9 where it is tagged and 0.4 elsewhere: delta must fall between, scaled by objectness."""
-    image, net = random_image(0, 40, 40), object()
-    levels = iter([0.9, 0.4] * 6)
+def test_thresholds_equal_a_search(monkeypatch):
+    """Without shrinking, no multiple of 1/50 gives a class a better IoU; with a huge one, all classes share the best mean."""
+    rng, K, steps = np.random.default_rng(0), 4, 50
+    scenes = [infer.Scene(random_image(i, 20, 24)) for i in range(5)]
+    masks = [rng.choice([0, 1, 2, 3, 255], p=[.4, .2, .2, .1, .1], size=(20, 24)).astype(np.uint8) for _ in scenes]
+    outputs = []
+    for mask in masks:
+        p = torch.from_numpy(rng.normal(size=(K, 20, 24)) + 1.5 * (np.arange(K)[:, None, None] == mask)).softmax(0)
+        outputs.append((p.numpy().astype(np.float32), np.array([0.4, 0.9, 0.5, 0.7], np.float32)))
 
-    def fake(net, image, dense, sides):
-        level = next(levels)
-        return np.stack([np.full((40, 40), 1 - level), np.full((40, 40), level)]).astype(np.float32), np.ones(2, np.float32)
-    before, infer.predict = infer.predict, fake
-    try:
-        delta = infer.tag_thresholds(net, [(image, [0, 1]), (image, [1, 0])] * 6)
-    finally:
-        infer.predict = before
-    for name, objectness in infer.Scene(image).objectness.items():
-        top = np.quantile(objectness, 0.99)
-        assert 0.4 * top <= delta[name][1] * 1.0001 and delta[name][1] < 0.9 * top and delta[name][0] == 0
+    def fit(labels, **options):
+        feed = iter(outputs)
+        monkeypatch.setattr(infer, "predict", lambda *_: next(feed))
+        return eval_voc.fit_thresholds(None, zip(scenes, labels), steps=steps, **options)
+
+    def iou(labels, prior, delta):
+        """(K,) of v >= delta, counted over all images."""
+        both = either = np.zeros(K)
+        for scene, truth, (p, q) in zip(scenes, labels, outputs):
+            v = infer.ilp(p, q)[1:] / infer.ilp(p, q).sum(0) * scene.objectness[prior]
+            drawn, keep = np.where(v.max(0) >= delta, v.argmax(0) + 1, 0), truth != 255
+            # v.argmax is p's wherever objectness is not 0
+            both = both + [((drawn == k) & (truth == k) & keep).sum() for k in range(K)]
+            either = either + [(((drawn == k) | (truth == k)) & keep).sum() for k in range(K)]
+        return both / np.maximum(either, 1)
+    for labels in (masks, [infer.refine(p * np.array([1, 1, 0, 1])[:, None, None], s.image, s.regions).argmax(0)
+                           for s, (p, q) in zip(scenes, outputs)]):
+        for prior in ("bb", "seg"):
+            table = np.array([iou(labels, prior, (i + 1e-9) / steps) for i in range(1, steps)])    # (steps - 1, K)
+            given = masks if labels is masks else [[0, 1, 0, 1]] * 5
+            alone, shared = fit(given, shrink=1e-9)[prior], fit(given, shrink=1e9)[prior]
+            assert alone[0] == 0 and len(set(shared[1:])) == 1
+            for k in ((1, 2, 3) if labels is masks else (1, 3)):
+                i = max(1, round(alone[k] * steps))
+                assert np.isclose(table[i - 1, k], table[:, k].max(), atol=0.01), (prior, k)
+            i = max(1, round(shared[1] * steps))
+            assert np.isclose(table[i - 1, 1:].mean(), table[:, 1:].mean(1).max(), atol=0.01)
 
 
 def test_seeds_keep_to_the_tags():

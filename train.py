@@ -526,8 +526,8 @@ def finish(preset, net, photos, s):
                 yield i, photos.image(i)
     out, sides = Path(s.out), infer.numbers(s.sides)
     few = np.linspace(0, len(photos) - 1, min(s.threshold_images, len(photos))).astype(int)
-    tagged = ((image, photos.tags[i]) for i, image in readable(data.progress(few, "thresholds")))
-    delta = infer.tag_thresholds(net, tagged, s.dense, sides)
+    tagged = ((infer.Scene(image), photos.tags[i]) for i, image in readable(data.progress(few, "thresholds")))
+    delta = eval_voc.fit_thresholds(net, tagged, s.dense, sides)
     ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=delta)
     data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
     shared = {k: v for k, v in ckpt.items() if k not in ("optimizer", "pending")}              # to give away: no paths, half size
