@@ -296,7 +296,7 @@ def main():
             sub.add_argument("--ilp-background", action="store_true", help="multiply class 0 by the image-level prior too")
             sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
             sub.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
-            sub.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+            sub.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps [auto]")
     args, start = parser.parse_args(), time.perf_counter()
     if args.command == "score":
         classes = read_classes(args.classes)
@@ -311,12 +311,14 @@ def main():
                 print(f"{value:7.2f}  {name}")
         write_json(args.json, report)
     elif args.command == "ladder":
-        net, ckpt = infer.load_net(args.checkpoint, args.weights, pick_device(args.device))
+        net, ckpt = infer.load_net(args.checkpoint, args.weights, args.device)
         ids = data.voc_ids(args.voc, args.set)
+        if args.limit < 0:
+            parser.error(f"argument --limit: {args.limit} is below 0")
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=ckpt["sides"], bing=args.bing,
-                       mcg=args.mcg)
+        options = dict(classes=ckpt["classes"], dense=ckpt["dense"] if args.dense is None else args.dense, sides=ckpt["sides"],
+                       bing=args.bing, mcg=args.mcg)
         delta, oracle = ckpt["thresholds"], args.oracle_thresholds
         if oracle:
             delta = oracle_thresholds(net, voc_samples(args.voc, data.voc_ids(args.voc, oracle)), **options)
