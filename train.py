@@ -148,8 +148,8 @@ def parse(argv):
         settings.cache = f"{settings.out}/cache"
     settings.cache = "" if settings.cache == "no" else settings.cache
     settings.self_steps = 0 if settings.masks else settings.self_steps      # the labels are given
-    if settings.self_steps and not settings.cache:
-        parser.error("argument --self-steps: needs the features of a --cache, and a trunk that is frozen in part")
+    if settings.self_steps and (preset == "toy" or not settings.cache):
+        parser.error("argument --self-steps: needs image files (not toy), a --cache, and a trunk that is frozen in part")
     if settings.masks and preset == "paper":
         parser.error("argument --masks: not for paper, whose images are cut")
     try:
@@ -260,8 +260,8 @@ def cached_features(net, photos, s, device):
     folder = Path(s.cache)
     frozen = net.trunk[:net.frozen_convs].parameters()
     weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in frozen))
-    names = hashlib.sha256("\n".join(f"{Path(p).parent.name}/{Path(p).name}" for p in photos.paths).encode(
-        errors="surrogateescape"))
+    names = hashlib.sha256(b"\n".join(p.tobytes() if isinstance(p, np.ndarray) else os.fsencode(
+        f"{Path(p).parent.name}/{Path(p).name}") for p in photos.paths))
     sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
     key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, amp=s.amp, weights=weights.hexdigest(),
                list=names.hexdigest(), shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 2 else 0)
