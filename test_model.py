@@ -712,9 +712,9 @@ def test_own_folder_from_tags_to_labels(tmp_path, monkeypatch):
     status, err, out = call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--soft", "--out", tmp_path / "l")
     assert status == 0 and "%" in out, err
     assert data.read_labels(tmp_path / "l/5.png").shape == (85, 70)
-    assert Image.open(tmp_path / "l/5_overlay.png").size == (70, 85)
-    soft = np.load(tmp_path / "l/5.npz", allow_pickle=False)
-    assert soft["scores"].shape == (3, 85, 70) and soft["classes"].tolist() == photos.classes
+    assert data.load_image(tmp_path / "l/5_overlay.png").shape == (85, 70, 3)
+    with np.load(tmp_path / "l/5.npz", allow_pickle=False) as soft:
+        assert soft["scores"].shape == (3, 85, 70) and soft["classes"].tolist() == photos.classes
     refused(*call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--dense", 7, "--out", tmp_path / "m")[:2], "must divide", "16")
     monkeypatch.setattr(infer, "MAX_BYTES", 1e5)
     refused(*call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--out", tmp_path / "m")[:2], "would take about", "GB")
@@ -951,17 +951,19 @@ def test_paper_preset_takes_a_few_steps(overfeat_file, tmp_path):
 
 # ---------------------------------------------------------------- malformed inputs, each refused in one line
 
-GO = "--trunk tiny --device cpu --steps 1 --batch 2 --head 4 --size 32 --self-steps 0 --threshold-images 1 --voc VOC --set b --out"
-LABEL, DEPTH = "infer toy.pt photo.png --device cpu --out out", "at/some/depth"
+GO = ("--trunk tiny --device cpu --steps 1 --batch 2 --head 4 --size 32 --self-steps 0 --threshold-images 1 --voc VOC --set b "
+      "--out")
+LABEL = "infer toy.pt photo.png --device cpu --out out"
 WRONG_FLAGS = {                                    # command: what is added to it, one of these at a time
     f"train toy {GO} out --toy-images 2": "--batch 0|--lr nan|--lr -1|--lr inf|--r 0|--r x|--dropout 2|--momentum 1|--lo 1|"
     "--seed -1|--weight-decay -1|--seed 99999999999999999999|--train-convs 9|--train-convs -2|--device no|--device cuda:99|"
-    "--device meta|--device cpu:x|--head 0|--head x|--head 1,,2|--head ²|--head 9999999999|--kernel ,|--kernel=|--kernel 99|--size 4|"
-    "--sides 0|--sides 3,x|--dense 0|--dense 3|--steps 0|--balance nan|--trunk no|--aggregation no|--views 0|--workers -1|--no 1|"
-    "--masks x|--resume|--toy-images 0|--toy-scenes 0|--self-rounds -1|--self-steps 1|--limit -1",
+    "--device meta|--device cpu:x|--head 0|--head x|--head 1,,2|--head ²|--head 9999999999|--kernel ,|--kernel=|--kernel 99|"
+    "--size 4|--sides 0|--sides 3,x|--dense 0|--dense 3|--steps 0|--balance nan|--trunk no|--aggregation no|--views 0|"
+    "--workers -1|--no 1|--masks x|--resume|--toy-images 0|--toy-scenes 0|--self-rounds -1|--self-steps 1|--limit -1",
     LABEL: "--dense 0|--dense 3|--dense -1|--device no|--prior no|--voc VOC|--set|photo.png|no.jpg|VOC/ImageSets",
     "eval_voc ladder toy.pt --voc VOC --json out --set b": "--limit -1|--limit x|--dense 3|--device no|--set no|"
-    "--oracle-thresholds no|--set ../b|--set ..|--set=|--set /etc/passwd|--set a/b", "infer": " |no.pt photo.png|. photo.png|toy.pt",
+    "--oracle-thresholds no|--set ../b|--set ..|--set=|--set /etc/passwd|--set a/b",
+    "infer": " |no.pt photo.png|. photo.png|toy.pt",
     "eval_voc": " |pack|submit masks --voc no --out out", "model": "no|--no", "data": "--imagenet no|--no"}
 
 
@@ -1002,7 +1004,7 @@ def malformed(path):
     yield f"train folder {GO} out --images VOC/JPEGImages --tags t.csv", "t.csv", [
         *junk, "b.jpg", "b.jpg,cat,dog", "no.jpg,cat", "../../x.jpg,cat", f"{path}/x.jpg,cat", ".,cat", ",cat",
         "b.jpg,", "file,tags", '"b.jpg,cat', "a\0b.jpg,cat", "y" * 140_000 + ",cat", "b.jpg," + ";".join(map(str, range(300)))]
-    yield f"train paper {GO} out --imagenet . --synsets s.csv", "s.csv", [*junk[1:4], "n1", "n1,emu", "n1,cat,dog", "n1,cat\nn2"]
+    yield f"train paper {GO} out --imagenet . --synsets s.csv", "s.csv", [*junk[1:4], "n1", "n1,emu", "n1,cat,dog", "n1,cat\nn"]
 
     changes = [{k: v} for k in toy if k not in ("optimizer", "step") for v in (None, 7.5, "x", [[]], {1: 2}, torch.zeros(2))]
     changes += [dict(format=2), dict(classes=["a", "a", "b"]), dict(thresholds={"bb": [0.0]})]
@@ -1043,7 +1045,7 @@ def bing_matrix(rows, cols, value=0):
 
 def test_malformed_inputs_are_refused_in_one_line_and_leave_nothing(tmp_path):
     """Whatever file or flag is wrong: one line with its name and the remedy, status 2, nothing written or read elsewhere."""
-    path, wrong, count = tmp_path / DEPTH, [], 0
+    path, wrong, count = tmp_path / "at/some/depth", [], 0
     for name in ("new", "b"):
         voc = make_voc(path / "VOC", {name: np.full((24, 30), 12, np.uint8)}, name)
     for file in (voc / "ImageSets/Main").glob("*_new.txt"):

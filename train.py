@@ -128,7 +128,7 @@ def parse(argv):
     counts = "batch steps log_every save_every views toy_images toy_scenes threshold_images dense".split()
     ranges = dict(dict.fromkeys(counts, (1,)),
                   **dict.fromkeys("lr workers limit size self_steps self_rounds balance weight_decay".split(), (0,)),
-                  r=(1e-6,), seed=(0, 2 ** 32), dropout=(0, 1), momentum=(0, 0.9999999), train_convs=(
+                  r=(1e-6,), seed=(0, 2 ** 32), dropout=(0, 1), momentum=(0, 0.9999), train_convs=(
                       -1, sum(row.kind == "conv" for row in TRUNKS[settings.trunk].rows)))
     for flag, (low, *high) in ranges.items():
         if not low <= getattr(settings, flag) <= (high or [sys.float_info.max])[0]:
