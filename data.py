@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -31,6 +32,8 @@ VOID = 255
 VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
 Image.MAX_IMAGE_PIXELS = 500_000_000           # a 20,000 x 20,000 photograph is fine, a decompression bomb is not
+warnings.filterwarnings("ignore", module=r"PIL\.")               # a broken photograph is named in one line of ours
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 # ---------------------------------------------------------------- what every script needs
@@ -51,9 +54,13 @@ class Parser(argparse.ArgumentParser):
 
 def run_cli(main):
     """Call main(); the user's mistakes end as one line on stderr and exit status 2, ours keep their traceback."""
+    if hasattr(sys.stdout, "reconfigure"):                                  # file names need not be valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except (InputError, OSError) as e:
+        if not isinstance(e, InputError):
+            e = f"{e.filename or ''}: {e.strerror or e}; check that it exists, may be used, and that the disk has room"
         print(f"{Path(sys.argv[0]).name}: {e}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 
@@ -94,8 +101,9 @@ def opened(path):
             yield image
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: cannot read this image ({str(e).replace(str(path), 'it') or type(e).__name__})") from e
+    except Exception as e:                                # PIL's decoders raise many kinds on damaged files
+        why = getattr(e, "strerror", None) or str(e).replace(str(path), "it") or type(e).__name__
+        raise InputError(f"{path}: cannot read this image ({why}); leave it out, or save it again as JPEG or PNG") from e
 
 
 # ---------------------------------------------------------------- masks and the palette
@@ -184,7 +192,7 @@ class Photos:
             image = Image.fromarray(image).resize((self.size, self.size), Image.BILINEAR,
                                                   (x, y, x + short, y + short) if self.cut else None)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1), j % len(self)
-        raise InputError(f"{self.paths[0]}: none of {len(self)} images can be read")
+        raise InputError(f"{self.paths[0]}: none of {len(self)} images can be read; mend or remove them")
 
     def take(self, keep):
         """The photographs at these indices, in this order."""
@@ -219,11 +227,16 @@ class Masked(Photos):
         """Labels (size, size) uint8 of photo i, squashed as the photo is (nearest)."""
         if self.files[i] is None:
             return torch.zeros(self.size, self.size, dtype=torch.uint8)
-        image = Image.fromarray(self.files[i] if isinstance(self.files[i], np.ndarray) else read_labels(self.files[i]))
+        labels = self.files[i] if isinstance(self.files[i], np.ndarray) else read_labels(self.files[i])
+        beyond = labels[(labels >= len(self.classes)) & (labels != VOID)]
+        if len(beyond):
+            raise InputError(f"{self.files[i]}: holds index {beyond[0]}; expected 0..{len(self.classes) - 1}, or 255 for void")
+        image = Image.fromarray(labels)
         return torch.from_numpy(np.array(image.resize((self.size, self.size), Image.NEAREST)))
 
+    @functools.cached_property
     def frequencies(self):
-        """Share of each class among all labelled pixels, (K,)."""
+        """Share of each class among all labelled pixels, (K,). Reads every mask."""
         counts = sum(torch.bincount(self.labels(i).flatten().long(), minlength=256) for i in range(len(self)))
         counts = counts[:len(self.classes)].float()
         return counts / counts.sum().clamp(min=1)
@@ -262,7 +275,7 @@ def voc_ids(voc, name, kinds=("Segmentation", "Main")):
     Lists in any usual form: bare ids, image and mask paths, or SBD paths; the stem counts. Raises InputError.
     """
     if Path(name).name != name:
-        raise InputError(f"--set {name}: not the name of a list in {voc}/ImageSets")
+        raise InputError(f"--set {name}: not the name of a list in {voc}/ImageSets; give one, such as val")
     lists = [Path(voc, "ImageSets", kind, f"{name}.txt") for kind in kinds]
     path = next((p for p in lists if p.exists()), lists[0])
     ids = [Path(line.split()[0]).stem for line in read_lines(path, "one image id a line, in a devkit's VOC2012 folder")]
@@ -291,11 +304,14 @@ def xml_tags(path):
     """(classes present, classes only present as difficult) of one Annotations file, as sets of class indices."""
     present, difficult = set(), set()
     try:
-        for obj in ElementTree.parse(path).getroot().findall("object"):        # its own name, not those of its parts
+        root = ElementTree.parse(path).getroot()
+        if root.tag != "annotation":
+            raise ValueError(f"it holds <{root.tag}>, not <annotation>")
+        for obj in root.findall("object"):                                    # its own name, not those of its parts
             name = obj.findtext("name", "").strip()
             if name in VOC_CLASSES[1:]:
                 (difficult if obj.findtext("difficult", "0").strip() == "1" else present).add(VOC_CLASSES.index(name))
-    except (OSError, ElementTree.ParseError) as e:
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as e:
         raise InputError(f"{path}: cannot read these tags ({e}); needed for images that ImageSets/Main does not list") from e
     return present, difficult - present
 
@@ -345,9 +361,9 @@ def folder_photos(folder, tags):
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
             raise InputError(f"{tags}: line {number} has {len(row)} columns; expected  file,tag;tag;...")
-        path = Path(folder, row[0].strip())
+        path = Path(folder, row[0].strip().replace("\0", "?"))
         if not path.resolve().is_relative_to(Path(folder).resolve()) or not path.is_file():
-            raise InputError(f"{tags}: line {number}: no file '{row[0].strip()}' inside {folder}")
+            raise InputError(f"{tags}: line {number}: no file '{row[0].strip()}'; expected one inside {folder}")
         paths.append(path)
         sets.append({t.strip() for t in row[1].split(";") if t.strip()} - {"background"})
     classes = ["background"] + sorted(set().union(*sets))
@@ -419,7 +435,7 @@ def imagenet_photos(folder, synsets=""):
             paths += found
             tags += [{VOC_CLASSES.index(name)}] * len(found)
     if not paths:
-        raise InputError(f"{folder}: no image of a known class in its {len(wnids)} <wnid>/ folders (n02123045/x.JPEG)")
+        raise InputError(f"{folder}: no image of a known class in its {len(wnids)} <wnid>/ folders; expected n02123045/x.JPEG")
     return Photos(paths, one_hot(tags, VOC_CLASSES), VOC_CLASSES)
 
 

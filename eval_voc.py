@@ -352,7 +352,7 @@ def main():
             sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
             sub.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
             sub.add_argument("--sides", default="", help="images are brought to side*side pixels, e.g. 288,432 [the checkpoint's]")
-            sub.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+            sub.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps [auto]")
     args, start = parser.parse_args(), time.perf_counter()
     if args.command == "score":
         classes = read_classes(args.classes)
@@ -368,13 +368,15 @@ def main():
         write_json(args.json, report)
     elif args.command == "ladder":
         ids = data.voc_ids(args.voc, args.set)
+        if args.limit < 0:
+            parser.error(f"argument --limit: {args.limit} is below 0")
         if args.limit:
             ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
-        device, tags, reports, settings = pick_device(args.device), data.voc_tags(args.voc, args.set), {}, {}
+        tags, reports, settings = data.voc_tags(args.voc, args.set), {}, {}
         tags = tags if all(i in tags for i in ids) else None
         for path in args.checkpoint:
-            net, ckpt = infer.load_net(path, args.weights, device)
-            options = dict(classes=ckpt["classes"], dense=args.dense or ckpt["dense"], sides=infer.numbers(args.sides) or ckpt["sides"],
+            net, ckpt = infer.load_net(path, args.weights, args.device)
+            options = dict(classes=ckpt["classes"], dense=ckpt["dense"] if args.dense is None else args.dense, sides=infer.numbers(args.sides) or ckpt["sides"],
                            bing=args.bing, mcg=args.mcg)
             delta = ckpt["thresholds"]
             if args.oracle_thresholds:
@@ -392,7 +394,7 @@ def main():
             print_ladder(report)
             if args.panel:
                 infer.save_panel(args.panel, net, list(voc_samples(args.voc, ids[:20])), ckpt["classes"], options["dense"], options["sides"])
-        print(f"{len(ids) * len(reports) / (time.perf_counter() - start):.2f} images/s, most memory {memory(device):.2f} GB")
+        print(f"{len(ids) * len(reports) / (time.perf_counter() - start):.2f} images/s, most memory {memory(args.device):.2f} GB")
         if len(reports) > 1:
             print_runs(reports, settings)
         write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)

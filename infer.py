@@ -10,10 +10,8 @@ import collections
 import functools
 import gzip
 import math
-import pickle
 import re
 import time
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,14 +35,24 @@ from model import Net, dense_rows, load_trunk, memory, peak_bytes, pick_device, 
 
 def read_checkpoint(path):
     """A checkpoint of train.py as a dict of plain values. Raises InputError; never executes code from the file."""
+    kinds = dict(format=int, step=int, settings=dict, classes=list, model=dict, thresholds=dict, optimizer=dict, pending=list)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"format", "settings", "classes", "model", "thresholds"} - set(ckpt)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError, TypeError,
-            AttributeError) as e:
-        raise InputError(f"{path}: not a checkpoint of train.py, or a damaged one ({type(e).__name__})") from e
-    if missing:
-        raise InputError(f"{path}: not a checkpoint of train.py (it lacks {', '.join(sorted(missing))})")
+        wrong = [k for k, kind in kinds.items() if not isinstance(ckpt.get(k), kind)]
+        if not wrong and ckpt["format"] == 1:
+            names, delta = ckpt["classes"], ckpt["thresholds"]
+            wrong += ["classes"] * (not 2 <= len(set(names)) == len(names) < 256 or {type(n) for n in names} != {str})
+            wrong += ["thresholds"] * any(not np.isfinite(np.array(delta[k], float)).all() or len(delta[k]) != len(names)
+                                          for k in delta)
+            wrong += ["pending"] * (not all(isinstance(x, float) for x in ckpt["pending"]))
+    except Exception as e:                                # torch raises many kinds on damaged files
+        if isinstance(e, OSError) and e.filename:
+            raise
+        raise InputError(f"{path}: not a checkpoint of train.py, or a damaged one ({type(e).__name__}); train again") from e
+    if wrong:
+        raise InputError(f"{path}: not a checkpoint of train.py, or a damaged one ({', '.join(wrong)}); train again")
+    if ckpt["format"] != 1:
+        raise InputError(f"{path}: a checkpoint of format {ckpt['format']}; expected 1: use the code that wrote it")
     return ckpt
 
 
@@ -63,8 +71,8 @@ def numbers(text):
 
 def build_net(s, classes, generator=None):
     """The Net of a run's settings (a dict)."""
-    net = Net(s["trunk"], classes, numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], s["r"], s["dropout"],
-              s["train_convs"], generator)
+    net = Net(s["trunk"], classes, numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], float(s["r"]),
+              float(s["dropout"]), s["train_convs"], generator)
     net.amp = bool(s["amp"])                               # what was trained in bfloat16 also runs in it
     net.cam = s["loss"] == "sigmoid" and not s["self_steps"] and not s["masks"]
     return net
@@ -76,12 +84,17 @@ def load_net(path, weights=None, device="cpu"):
     try:
         s = ckpt["settings"]
         net = build_net(s, len(ckpt["classes"]))
+        if not all(x.is_floating_point() and x.isfinite().all() for x in ckpt["model"].values()):
+            raise ValueError("NaN, Inf or no real numbers")
         missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
         ckpt["sides"], ckpt["dense"] = numbers(s["sides"]), int(s["dense"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path}: its settings and tensors do not fit each other ({e})") from e
+        dense_rows(net.rows, ckpt["dense"])
+        if not (0 < net.r < math.inf and all(n > 0 for n in ckpt["sides"])):
+            raise ValueError("r or sides out of their range")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, ArithmeticError) as e:
+        raise InputError(f"{path}: its settings and tensors do not fit each other ({e}); train again") from e
     if unexpected or any(not k.startswith("trunk.") for k in missing):
-        raise InputError(f"{path}: its tensors do not fit its settings ({(missing + unexpected)[0]})")
+        raise InputError(f"{path}: its tensors do not fit its settings ({(missing + unexpected)[0]}); train again")
     if missing:
         load_weights(net, s["trunk"], weights or s["weights"])
         net.load_state_dict(ckpt["model"], strict=False)              # trained trunk layers win over the public ones
@@ -93,6 +106,14 @@ def load_net(path, weights=None, device="cpu"):
 MAX_BYTES = 16e9                                           # of activations at a time; more is refused, with the estimate
 
 
+def check_dense(net, dense):
+    """model.dense_rows of the net, with its complaint as InputError."""
+    try:
+        return dense_rows(net.rows, dense)
+    except ValueError as e:
+        raise InputError(f"--{e}") from e
+
+
 @torch.no_grad()
 def predict(net, image, dense=1, sides=()):
     """Probabilities of one image: p (K, H, W), Eq. 2 at every pixel, and q (K,), Eq. 2 of the aggregated scores.
@@ -102,16 +123,13 @@ def predict(net, image, dense=1, sides=()):
     with sigmoids gives class activation maps (Zhou et al., CVPR 2016) for p, each divided by its maximum, background 0.3.
     Raises InputError where dense does not divide the stride, or memory would not do.
     """
-    try:
-        rows = dense_rows(net.rows, dense)
-    except ValueError as e:
-        raise InputError(f"--{e}") from e
+    rows = check_dense(net, dense)
     x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(next(net.parameters()).device).float()     # (1, 3, H, W)
     total, image_scores = 0, 0
     for side in sides or (None,):
         zoom = side / math.sqrt(image.shape[0] * image.shape[1]) if side else 1
         size = tuple(max(1, round(n * zoom)) for n in image.shape[:2])
-        need = peak_bytes(rows, *size)
+        need = peak_bytes(rows, *size) + 8 * net.head_rows[-1].out * image.shape[0] * image.shape[1]
         if need > MAX_BYTES:
             raise InputError(f"{size[1]}x{size[0]} pixels with --dense {dense} would take about {need / 1e9:.0f} GB; "
                              "reduce the photograph or --dense")
@@ -363,6 +381,8 @@ def read_bing(model_dir):
         except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, AttributeError, ValueError) as e:
             raise InputError(f"{path}: not an OpenCV matrix in gzipped YAML; expected BING's trained model") from e
     kernel, index, calibration = mats
+    if not all(np.isfinite(m).all() for m in mats):
+        raise InputError(f"{model_dir}: NaN or Inf in the model; expected BING's trained model")
     index = index.ravel().astype(int)
     if kernel.shape != (8, 8) or calibration.shape != (len(index), 2) or not ((index >= 0) & (index < 36)).all():
         raise InputError(f"{model_dir}: the model's parts have shapes {[m.shape for m in mats]}; expected 8x8, n, nx2")
@@ -399,6 +419,8 @@ def bing(image, model_dir, n=1000, per_size=130):
         y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
         boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
         scores.append(score.ravel()[top] * gain + bias)
+    if not boxes:                                                           # a picture smaller than every window
+        return np.zeros((0, 4), np.float32), np.zeros(0)
     boxes, scores = np.concatenate(boxes).astype(np.float32), np.concatenate(scores)
     best = np.argsort(-scores, kind="stable")[:n]
     boxes, scores = boxes[best], scores[best]
@@ -416,14 +438,15 @@ def read_mcg(path):
             mat = scipy.io.loadmat(file)
         labels, scores = np.asarray(mat["superpixels"]), np.asarray(mat["scores"], float).ravel()
         parts = [np.asarray(cell, int).ravel() - 1 for cell in mat["labels"].ravel()]
-        fits = labels.ndim == 2 and labels.min() >= 1 and len(parts) == len(scores) and np.isfinite(scores).all()
-        segments = np.zeros((len(parts), int(labels.max())), bool)
+        fits = labels.ndim == 2 and labels.min() >= 1 and (labels % 1 == 0).all()
+        fits = fits and len(parts) == len(scores) > 0 and np.isfinite(scores).all()
+        segments = np.zeros((len(parts), int(labels.max()) if labels.max() <= labels.size else 0), bool)
         for row, part in zip(segments, parts):
             row[part] = True
             fits = fits and part.min(initial=0) >= 0
-    except OSError:
-        raise
     except Exception as e:                                # scipy raises many kinds on damaged files
+        if isinstance(e, OSError) and e.filename:
+            raise
         raise InputError(f"{path}: not MCG's proposals ({type(e).__name__}); expected superpixels, labels, scores") from e
     if not fits:
         raise InputError(f"{path}: not MCG's proposals; superpixels count from 1, and every candidate has one score")
@@ -595,7 +618,8 @@ def panel(rows, classes, width=150):
     rows: list of (list of (caption, picture), set of class indices). Returns a PIL image.
     """
     face, caption_height = font(13), 18
-    heights = [max(round(p.shape[0] * width / p.shape[1]) for _, p in cells) for cells, _ in rows]
+    tall = lambda picture: min(max(1, round(picture.shape[0] * width / picture.shape[1])), 4 * width)
+    heights = [max(tall(p) for _, p in cells) for cells, _ in rows]
     used = sorted(set().union(*[k for _, k in rows]))
     columns = max(len(cells) for cells, _ in rows)
     per_line = max(1, columns * (width + 4) // 130)
@@ -606,7 +630,7 @@ def panel(rows, classes, width=150):
         for i, (caption, picture) in enumerate(cells):
             x = 4 + i * (width + 4)
             draw.text((x, y + 1), caption, "black", face)
-            size = (width, round(picture.shape[0] * width / picture.shape[1]))
+            size = (width, tall(picture))
             sheet.paste(Image.fromarray(picture).resize(size, Image.LANCZOS if picture.shape[0] > 200 else Image.NEAREST),
                         (x, y + caption_height))
         y += height + caption_height + 4
@@ -653,7 +677,7 @@ def main():
     parser.add_argument("--ahead", type=int, default=2, metavar="N", help="images whose priors wait while the network goes on [2]")
     parser.add_argument("--soft", action="store_true", help="also write the class scores as .npz")
     parser.add_argument("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps [auto]")
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")
@@ -664,16 +688,17 @@ def main():
     twice = {f.stem for f in files if sum(g.stem == f.stem for g in files) > 1} if len(files) < 5000 else ()
     if twice:
         raise InputError(f"{sorted(twice)[0]}: two images of this name would write the same label file; run them apart")
-    device = pick_device(args.device)
-    net, ckpt = load_net(args.checkpoint, args.weights, device)
-    out, bad, begun = Path(args.out), [], time.perf_counter()
+    net, ckpt = load_net(args.checkpoint, args.weights, args.device)
+    dense, out, bad, begun = ckpt["dense"] if args.dense is None else args.dense, Path(args.out), [], time.perf_counter()
+    check_dense(net, dense)
 
     def network(file):
         try:
             image = data.load_image(file)
+            p, q = predict(net, image, dense, ckpt["sides"])
         except InputError as e:
-            return bad.append(str(e))
-        return file, image, *predict(net, image, args.dense or ckpt["dense"], ckpt["sides"])
+            return bad.append(str(e) if str(file) in str(e) else f"{file}: {e}")
+        return file, image, p, q
 
     def priors(predicted):
         if not predicted:
@@ -695,7 +720,7 @@ def main():
     for _ in data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)):
         pass
     print(f"wrote {len(files) - len(bad)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
-          f"most memory {memory(device):.2f} GB")
+          f"most memory {memory(args.device):.2f} GB")
     if bad:
         raise InputError(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
 

@@ -299,7 +299,7 @@ def load_overfeat(net, name, path):
     if found not in (need, whole):
         other = next((f"; this is the size of the file for --trunk {k}" for k, v in OVERFEAT_BYTES.items() if v == found), "")
         raise ValueError(f"{path}: {found:,} bytes, but the weights of {name} have {whole:,} "
-                         f"(or the first {need:,} of them){other}")
+                         f"(or the first {need:,} of them){other}; give that --weights")
     values, at = np.memmap(path, "<f4", "r", shape=(need // 4,)), 0
     for layer in net.trunk:
         for p in (layer.weight, layer.bias):
@@ -326,19 +326,21 @@ def load_trunk(net, name, path=None):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:                        # torch raises half a dozen kinds, with pages of text
-            raise ValueError(f"{path}: not a PyTorch state dict ({type(e).__name__})") from e
+            raise ValueError(f"{path}: not a PyTorch state dict ({type(e).__name__}); expected {name}'s") from e
     else:
         try:
             state = torch.hub.load_state_dict_from_url(net.spec.weights_url, map_location="cpu", check_hash=True,
                                                        weights_only=True)
         except OSError as e:
             raise ValueError(f"{net.spec.weights_url}: cannot fetch ({e}); give the file with --weights FILE") from e
-    keys = [k.removesuffix(".weight") for k in state if k.startswith("features.") and k.endswith(".weight")] \
-        if isinstance(state, dict) else []
-    keys.sort(key=lambda k: int(k.split(".")[1]))
-    shapes = [tuple(state[k + ".weight"].shape) for k in keys]
-    if shapes != [tuple(layer.weight.shape) for layer in net.trunk]:
-        raise ValueError(f"{path}: {len(shapes)} convolutions {shapes[:2]}..., expected the {len(net.trunk)} of {name}")
+    try:
+        keys = [k.removesuffix(".weight") for k in state if k.startswith("features.") and k.endswith(".weight")]
+        keys.sort(key=lambda k: int(k.split(".")[1]))
+        shapes = [tuple(state[f"{k}.{part}"].shape) for k in keys for part in ("weight", "bias")]
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: not a state dict of {name} ({e}); expected features.N.weight and features.N.bias") from e
+    if shapes != [tuple(p.shape) for layer in net.trunk for p in (layer.weight, layer.bias)]:
+        raise ValueError(f"{path}: {len(keys)} convolutions {shapes[:2]}..., expected the {len(net.trunk)} of {name}")
     for key, layer in zip(keys, net.trunk):
         layer.weight.data.copy_(state[key + ".weight"])
         layer.bias.data.copy_(state[key + ".bias"])
@@ -350,6 +352,10 @@ def pick_device(name="auto"):
     """The one place that chooses: "auto" takes CUDA, then MPS (Apple), then the CPU; or a torch device by name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    known = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
+    kind, _, index = name.partition(":")
+    if int(index or 0) >= known.get(kind, 0):                     # argparse turns the ValueError of int() into its own line
+        raise argparse.ArgumentTypeError(f"there is no device '{name}' here; give auto, or one of {known} (name: how many)")
     return torch.device(name)
 
 
@@ -439,6 +445,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trunk", nargs="?", choices=list(TRUNKS), help="print its layer table; without it, list all")
     parser.add_argument("--bench", action="store_true", help="also measure images per second on this machine")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists the options)\n")
     args = parser.parse_args()
     print(f"{'trunk':14} {'stride':>6} {'field':>6} {'trunk parameters':>17} {'head parameters':>16} {'GFLOPs trunk':>13} "
           f"{'head':>6} {'images/s':>9}")

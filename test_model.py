@@ -7,6 +7,7 @@ Tests of real data read ../shared (see README.md) and are skipped, saying so, wh
 """
 import csv
 import dataclasses
+import gzip
 import importlib
 import io
 import json
@@ -39,6 +40,7 @@ VOC, VGG = SHARED / "data/VOCdevkit/VOC2012", SHARED / "weights/vgg16_features_f
 IMAGENET = SHARED / "data/imagenet-sample"
 real_data = pytest.mark.skipif(not VOC.exists(), reason="no ../shared: tests on real photographs are left out")
 torch.set_num_threads(2)
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def call(script, *args, cwd=None):
@@ -329,8 +331,9 @@ def test_scorer_reads_index_images_only(tmp_path):
     labels = np.arange(21, dtype=np.uint8).repeat(21).reshape(21, 21)
     path = tmp_path / "x.png"
     data.save_labels(path, labels)
-    assert (data.read_labels(path) == labels).all() and Image.open(path).mode == "P"
-    assert len(Image.open(path).getpalette()) == 768
+    assert (data.read_labels(path) == labels).all()
+    with Image.open(path) as image:
+        assert image.mode == "P" and len(image.getpalette()) == 768
     Image.fromarray(labels).save(path)                                                    # plain grey indices are fine
     assert (data.read_labels(path) == labels).all()
     picture = Image.fromarray(data.voc_palette()[labels])
@@ -450,7 +453,7 @@ def same(a, b):
 
 def log_rows(path):
     """Rows of a log.csv but for the time."""
-    return [row[:4] for row in csv.reader(open(path / "log.csv"))]
+    return [row[:4] for row in csv.reader((path / "log.csv").read_text().splitlines())]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -459,7 +462,8 @@ def test_resume_is_bit_exact(tmp_path, workers):
     assert call("train", *TOY, "--steps", 8, "--out", straight)[0] == 0
     assert call("train", *TOY, "--steps", 3, "--out", broken, "--workers", workers)[0] == 0
     assert not same(tensors(straight / "ckpt.pt"), tensors(broken / "ckpt.pt"))
-    (broken / "log.csv").open("a").write("5,20,0.1,0.1,1\n")                              # written after the checkpoint
+    with open(broken / "log.csv", "a") as file:
+        file.write("5,20,0.1,0.1,1\nhalf a l\0")                                          # written after the checkpoint
     assert call("train", *TOY, "--steps", 8, "--out", broken, "--workers", workers, "--resume")[0] == 0
     assert same(tensors(straight / "ckpt.pt"), tensors(broken / "ckpt.pt"))
     assert log_rows(broken) == log_rows(straight)
@@ -599,6 +603,15 @@ def test_checkpoints_and_scores_never_execute_code(tmp_path):
     torch.save({"format": Evil(), "settings": {}, "classes": [], "model": {}, "thresholds": {}}, tmp_path / "evil.pt")
     status, err, _ = call("infer", tmp_path / "evil.pt", tmp_path / "x.jpg")
     refused(status, err, "evil.pt", "not a checkpoint")
+    args = ("train", *TOY, "--train-convs", 0, "--steps", 1, "--cache", tmp_path / "c", "--out")
+    assert call(*args, tmp_path / "o")[0] == 0
+    np.save(tmp_path / "c/features.npy", np.array([Evil()], object))
+    refused(*call(*args, tmp_path / "p")[:2], "features.npy", "damaged", "delete")
+    (tmp_path / "ObjNessB2W8MAXBGR.wS1.yml.gz").write_bytes((tmp_path / "c/features.npy").read_bytes())
+    torch.save({"features.0.weight": Evil()}, tmp_path / "vgg.pth")
+    refused(*call(*args, tmp_path / "p", "--trunk", "vgg16", "--weights", tmp_path / "vgg.pth")[:2], "vgg.pth", "expected")
+    assert not any(word in (HERE / f"{n}.py").read_text() for n in ("data", "model", "train", "infer", "eval_voc")
+                   for word in ("allow_pickle=True", "weights_only=False", "import pickle"))
     assert not (tmp_path / "executed").exists()
 
 
@@ -632,6 +645,46 @@ def test_photographs_of_every_kind_are_read_upright_and_bad_ones_named(tmp_path)
     assert [photos[i, 0.5][1] for i in range(3)] == [0, 2, 2]              # a broken one gives way to the next, always the same
     with pytest.raises(InputError, match="half.jpg"):
         train.note_broken(photos, [0, 1], [0, 2], set())
+
+
+def test_photographs_of_every_size_and_kind_train_and_are_labelled(tmp_path):
+    """1x1, one pixel wide, 20,000 px wide, CMYK, 16-bit, palette, turned: a run with a cache, then priors."""
+    photos, exif = tmp_path / "photos", Image.Exif()
+    photos.mkdir()
+    exif[0x0112] = 6
+    for n, size in enumerate([(1, 1), (40, 1), (1, 40), (9, 9), (1, 20_000), (30, 40)]):
+        Image.fromarray(random_image(n, *size)).save(photos / f"{n}.png")
+    image = Image.fromarray(random_image(9, 30, 40))
+    image.convert("CMYK").save(photos / "cmyk.jpg")
+    image.save(photos / "turned.jpg", exif=exif), image.quantize().save(photos / "palette.png")
+    Image.fromarray(random_image(9, 30, 40)[..., 0].astype(np.uint16) * 200).save(photos / "deep.png")
+    (tmp_path / "t.csv").write_text("\n".join(f"{p.name},{'dog' if i % 2 else 'cat'}" for i, p in enumerate(photos.iterdir())))
+    status, err, _ = call("train", "folder", "--images", photos, "--tags", tmp_path / "t.csv", "--trunk", "tiny", "--size", 32,
+                          "--steps", 2, "--batch", 4, "--head", 4, "--views", 3, "--device", "cpu", "--out", tmp_path / "o")
+    assert status == 0 and (tmp_path / "o/panel.png").exists(), err
+    for name, shape in (("wS1", (8, 8)), ("idx", (1, 1)), ("wS2", (1, 2))):
+        (tmp_path / f"ObjNessB2W8MAXBGR.{name}.yml.gz").write_bytes(bing_matrix(*shape, 1))
+    for prior in ("bb", "seg", "refine"):
+        status, err, _ = call("infer", tmp_path / "o/ckpt.pt", photos, "--prior", prior, "--bing", tmp_path,
+                              "--out", tmp_path / "l")
+        assert status == 0 and data.read_labels(tmp_path / "l/4.png").shape == (1, 20_000), err
+
+
+def test_what_cannot_be_written_is_said_before_the_first_step(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    args = ("--steps", 1, "--out", tmp_path / "file/o")
+    refused(*call("train", *TOY, *args)[:2], tmp_path / "file", "check that")
+    free = train.shutil.disk_usage(tmp_path)._replace(free=10 ** 5)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: free)
+    refused(*call("train", *TOY, "--steps", 1, "--out", tmp_path / "o")[:2], tmp_path / "o", "needed", "make room")
+    cache = ("--train-convs", 0, "--cache", tmp_path / "c", "--views", 1, "--steps", 1, "--head", "4", "--out", tmp_path / "o")
+    refused(*call("train", *TOY, *cache)[:2], tmp_path / "o", "needed")
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: free._replace(free=10 ** (5 if folder.name == "c" else 9)))
+    refused(*call("train", *TOY, *cache)[:2], tmp_path / "c", "needed", "make room")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and p.name != "settings.json"] == ["file"]
+    monkeypatch.undo()
+    status, err, _ = call("train", *TOY, *cache)
+    assert status == 0, err
 
 
 # ---------------------------------------------------------------- weak training sees tags only
@@ -695,9 +748,9 @@ def test_own_folder_from_tags_to_labels(tmp_path, monkeypatch):
     status, err, out = call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--soft", "--out", tmp_path / "l")
     assert status == 0 and "%" in out, err
     assert data.read_labels(tmp_path / "l/5.png").shape == (85, 70)
-    assert Image.open(tmp_path / "l/5_overlay.png").size == (70, 85)
-    soft = np.load(tmp_path / "l/5.npz", allow_pickle=False)
-    assert soft["scores"].shape == (3, 85, 70) and soft["classes"].tolist() == photos.classes
+    assert data.load_image(tmp_path / "l/5_overlay.png").shape == (85, 70, 3)
+    with np.load(tmp_path / "l/5.npz", allow_pickle=False) as soft:
+        assert soft["scores"].shape == (3, 85, 70) and soft["classes"].tolist() == photos.classes
     refused(*call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--dense", 7, "--out", tmp_path / "m")[:2], "must divide", "16")
     monkeypatch.setattr(infer, "MAX_BYTES", 1e5)
     refused(*call("infer", tmp_path / "o/ckpt.pt", folder / "5.jpg", "--out", tmp_path / "m")[:2], "would take about", "GB")
@@ -994,6 +1047,146 @@ def test_paper_preset_takes_a_few_steps(overfeat_file, tmp_path):
         status, err, _ = call("infer", tmp_path / "o/ckpt.pt", tmp_path / "net/n02123045/a.JPEG", "--weights", weights, "--dense", 2,
                               "--out", tmp_path / "l", "--device", "cpu")
         assert status == 0 and data.read_labels(tmp_path / "l/a.png").shape == (90, 130), err
+
+
+# ---------------------------------------------------------------- malformed inputs, each refused in one line
+
+GO = ("--trunk tiny --device cpu --steps 1 --batch 2 --head 4 --size 32 --self-steps 0 --threshold-images 1 --voc VOC --set b "
+      "--out")
+LABEL = "infer toy.pt photo.png --device cpu --out out"
+WRONG_FLAGS = {                                    # command: what is added to it, one of these at a time
+    f"train toy {GO} out --toy-images 2": "--batch 0|--lr nan|--lr -1|--lr inf|--r 0|--r x|--dropout 2|--momentum 1|--lo 1|"
+    "--seed -1|--weight-decay -1|--seed 99999999999999999999|--train-convs 9|--train-convs -2|--device no|--device cuda:99|"
+    "--device meta|--device cpu:x|--head 0|--head x|--head 1,,2|--head ²|--head 9999999999|--kernel ,|--kernel=|--kernel 99|"
+    "--size 4|--sides 0|--sides 3,x|--dense 0|--dense 3|--steps 0|--balance nan|--trunk no|--aggregation no|--views 0|"
+    "--workers -1|--no 1|--masks x|--resume|--toy-images 0|--toy-scenes 0|--self-rounds -1|--self-steps 1|--limit -1",
+    LABEL: "--dense 0|--dense 3|--dense -1|--device no|--prior no|--voc VOC|--set|photo.png|no.jpg|VOC/ImageSets",
+    "eval_voc ladder toy.pt --voc VOC --json out --set b": "--limit -1|--limit x|--dense 3|--device no|--set no|"
+    "--oracle-thresholds no|--set ../b|--set ..|--set=|--set /etc/passwd|--set a/b",
+    "infer": " |no.pt photo.png|. photo.png|toy.pt",
+    "eval_voc": " |pack|submit masks --voc no --out out", "model": "no|--no", "data": "--imagenet no|--no"}
+
+
+def malformed(path):
+    """Rows (command, file, contents, each of which is refused): bytes, text, or a value for torch.save or savemat."""
+    toy, run = torch.load(path / "toy.pt", weights_only=True), (path / "toy.pt").read_bytes()
+    tensor, rng, array = toy["model"]["head.0.weight"], np.random.default_rng(0), io.BytesIO()
+    junk, png = [b"", b"hello", bytes(range(256)) * 9, bytes(3000), b"a\0b,cat\n"], (path / "photo.png").read_bytes()
+    pictures = [*junk, *(png[:n] for n in (1, 8, 20, 33, 40, 60, len(png) // 2, len(png) - 40)),
+                *(png[:n] + bytes([png[n] ^ 0x55]) + png[n + 1:] for n in (1, 13, 17, 20, 24, 25, 28, 60)),
+                *(png[:16] + bytes([0, 0, side, 99]) * 2 + png[24:] for side in (99, 120))]                   # bombs
+    for kind in ("JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM"):
+        buffer = io.BytesIO()
+        Image.fromarray(random_image(0, 24, 30)).save(buffer, kind)
+        pictures += [buffer.getvalue()[:12], buffer.getvalue()[:len(buffer.getvalue()) // 2]]
+    mask = (path / "masks/b.png").read_bytes()
+    masks = [*junk, mask[:len(mask) // 2], png, mask.replace(b"PLTE", b"pLTE"), mask.replace(b"PLTE\0\0\0", b"PLTE\0\0\1")]
+    ids = ["", "..", "../..", "a\na", "a\0b", "a:b", "x\\y", "no", "/etc/..", b"\xff", "../../x", "/etc/x", "y" * 999]
+    yield LABEL.replace("photo", "x"), "x.png", pictures
+    yield "eval_voc ladder toy.pt --voc VOC --set b --json out", "VOC/JPEGImages/b.jpg", junk
+    yield "eval_voc submit masks --voc VOC --set b --out out", "VOC/JPEGImages/b.jpg", junk
+    for cache in ("no", "c"):
+        yield f"train voc {GO} out --cache {cache}", "VOC/JPEGImages/b.jpg", pictures[:14]
+    yield f"train voc {GO} out --masks masks", "masks/b.png", masks
+    yield "eval_voc submit masks --voc VOC --set b --out out", "masks/b.png", masks
+    for file in ("masks/b.png", "VOC/SegmentationClass/b.png"):
+        yield "eval_voc score masks --voc VOC --set b --json out", file, masks
+    yield "eval_voc score masks --voc VOC --set b --json out --classes n.txt", "n.txt", ["a", "a\na", "a\n" * 300, b"\xff", ""]
+    yield "eval_voc submit masks --voc VOC --set bad --out out", "VOC/ImageSets/Segmentation/bad.txt", ids
+    yield "infer toy.pt --voc VOC --set bad --out out", "VOC/ImageSets/Segmentation/bad.txt", ids
+    yield f"train voc {GO} out --set bad", "VOC/ImageSets/Main/bad.txt", ids
+    yield f"train voc {GO} out", "VOC/ImageSets/Main/cat_b.txt", ["b 7", "b", b"\xff"]
+    entities = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(9))
+    yield f"train voc {GO} out --set new", "VOC/Annotations/new.xml", [
+        *junk, "<annotation>", "<a/>", "<annotation><object></annotation>",
+        f"<!DOCTYPE a [{entities}]><annotation>&e8;</annotation>",
+        *(f"<?xml version='1.0' encoding='{e}'?><annotation/>" for e in ("no", "shift_jis"))]
+    yield f"train folder {GO} out --images VOC/JPEGImages --tags t.csv", "t.csv", [
+        *junk, "b.jpg", "b.jpg,cat,dog", "no.jpg,cat", "../../x.jpg,cat", f"{path}/x.jpg,cat", ".,cat", ",cat",
+        "b.jpg,", "file,tags", '"b.jpg,cat', "a\0b.jpg,cat", "y" * 140_000 + ",cat", "b.jpg," + ";".join(map(str, range(300)))]
+    yield f"train paper {GO} out --imagenet . --synsets s.csv", "s.csv", [*junk[1:4], "n1", "n1,emu", "n1,cat,dog", "n1,cat\nn"]
+
+    changes = [{k: v} for k in toy if k not in ("optimizer", "step") for v in (None, 7.5, "x", [[]], {1: 2}, torch.zeros(2))]
+    changes += [dict(format=2), dict(classes=["a", "a", "b"]), dict(thresholds={"bb": [0.0]})]
+    changes += [{"settings": {**toy["settings"], k: v}} for v in (None, "x", [1])
+                for k in ("trunk", "head", "kernel", "aggregation", "r", "dropout", "sides", "dense")]
+    changes += [{"settings": {**toy["settings"], "r": v}} for v in (0, -1, math.nan, math.inf)]
+    changes += [{"model": {**toy["model"], "head.0.weight": v}} for v in (
+        None, tensor[:2], tensor * math.nan, tensor.to(torch.complex64), 3, tensor.tolist())]
+    cuts = [run[:n] for n in (*rng.integers(0, len(run), 16), len(run) - 1, len(run) - 22)]
+    yield LABEL.replace("toy", "bad"), "bad.pt", [*junk, *cuts, [1], torch.zeros(3), 3, {}, *({**toy, **c} for c in changes),
+                                                  *({j: v for j, v in toy.items() if j != k} for k in toy)]
+    yield f"train voc {GO} run --resume --steps 2", "run/ckpt.pt", [*cuts[:3], *({**toy, **bad} for bad in (
+        dict(optimizer={}), dict(optimizer={"state": {}, "param_groups": []}), dict(pending=["x"]), dict(step="x"),
+        dict(settings={}), dict(optimizer={**toy["optimizer"], "state": {0: {"exp_avg": torch.zeros(7)}}}),
+        dict(model={"head.0.weight": tensor[:1]})))]
+    yield f"train voc {GO} out --trunk vgg16 --size 96 --weights w.pt", "w.pt", [
+        *junk, *({key: 1} for key in ("features.0.weight", "features.x.weight", "features..weight", 1)), [], 3]
+    yield f"train voc {GO} out --trunk overfeat-fast --size 96 --weights w.pt", "w.pt", junk
+    for part in ("wS1", "idx", "wS2"):
+        yield LABEL + " --prior bb --bing bing", f"bing/ObjNessB2W8MAXBGR.{part}.yml.gz", [
+            *junk, gzip.compress(b"\xff"), *(bing_matrix(*m) for m in ((9, 9), (2, 2, "x"), (2, 2, "nan"), (3, 2, 99)))]
+    good = dict(superpixels=np.ones((24, 30)), labels=np.array([[np.ones(1)]], object), scores=np.ones((1, 1)))
+    yield LABEL + " --prior seg --mcg .", "photo.mat", [*junk, *({**good, k: v} for k, v in [
+        *((k, "x") for k in good), *(("superpixels", np.full((24, 30), v)) for v in (0, 2.0 ** 40, math.nan, 2.5)),
+        ("superpixels", np.ones((9, 9))), ("scores", np.full((1, 1), math.nan)), ("scores", np.ones((0, 1)))])]
+    state, features = ((path / "run/cache" / n).read_bytes() for n in ("cache.json", "features.npy"))
+    np.save(array, np.zeros((1, 2), np.float16))
+    yield f"train voc {GO} out --cache run/cache", "run/cache/cache.json", [
+        *junk, "[]", "3", "{}", '{"key": 1, "done": 1}', state.replace(b"tiny", b"no"),
+        *(state.replace(b'"done": 1', b'"done": ' + v) for v in (b"9", b"0", b'"x"', b"true"))]
+    yield f"train voc {GO} out --cache run/cache", "run/cache/features.npy", [
+        *junk, features[:50], features[:-9], array.getvalue(), *(features.replace(b"'<f2'", t) for t in (b"'<i2'", b"'|O' "))]
+
+
+def bing_matrix(rows, cols, value=0):
+    return gzip.compress(f"rows: {rows}\ncols: {cols}\ndata: [{','.join([str(value)] * rows * cols)}]".encode())
+
+
+def test_malformed_inputs_are_refused_in_one_line_and_leave_nothing(tmp_path):
+    """Whatever file or flag is wrong: one line with its name and the remedy, status 2, nothing written or read elsewhere."""
+    path, wrong, count = tmp_path / "at/some/depth", [], 0
+    for name in ("new", "b"):
+        voc = make_voc(path / "VOC", {name: np.full((24, 30), 12, np.uint8)}, name)
+    for file in (voc / "ImageSets/Main").glob("*_new.txt"):
+        file.unlink()
+    data.save_labels(path / "masks/b.png", np.full((24, 30), 12))
+    for file in (path / "x.jpg", path / "photo.png", path / "n1/x.png", path / "bing/x.png"):
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(random_image(0, 24, 30)).save(file, "png")
+    for part, shape in dict(wS1=(8, 8), idx=(2, 1), wS2=(2, 2)).items():
+        (path / f"bing/ObjNessB2W8MAXBGR.{part}.yml.gz").write_bytes(bing_matrix(*shape))
+    assert call(*f"train voc {GO} run".split(), cwd=path)[0] == 0
+    (path / "toy.pt").write_bytes((path / "run/ckpt.pt").read_bytes())
+    tree = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+    def check(command, word=""):
+        before = tree()
+        OPENED.clear()
+        try:
+            status, err, _ = call(*command.split(), cwd=path)
+            refused(status, err, word)
+            assert any(sign in err for sign in (";", "expected", "--help", "must", "needed")), f"no remedy: {err}"
+            new = {p for p, time in tree().items() if before.get(p) != time}       # broken photographs stop a begun run
+            assert not {p for p in new if p.name not in ("settings.json", "log.csv", "features.npy")}, new
+            assert str(path / "x.jpg") not in {os.path.normpath(path / p) for p in OPENED}, "reads outside its folder"
+        except (Exception, AssertionError) as e:
+            wrong.append(f"{command} [{word}]: {type(e).__name__} {str(e)[:300]}")
+    for command, name, contents in malformed(path):
+        file = path / name
+        file.parent.mkdir(exist_ok=True)
+        before = file.read_bytes() if file.exists() else None
+        for count, content in enumerate(contents, count + 1):
+            if isinstance(content, (bytes, str)):
+                file.write_bytes(content if isinstance(content, bytes) else content.encode())
+            else:
+                scipy.io.savemat(file, content) if file.suffix == ".mat" else torch.save(content, file)
+            check(command, "" if "ImageSets" in name else "bing" if "bing" in name else file.stem)
+        file.unlink() if before is None else file.write_bytes(before)
+    for command, flags in WRONG_FLAGS.items():
+        for count, flag in enumerate(flags.split("|"), count + 1):
+            check(f"{command} {flag}")
+    assert count >= 450 and not wrong, f"{len(wrong)} of {count}:\n" + "\n".join(wrong)
 
 
 # ---------------------------------------------------------------- the README

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ import data
 import eval_voc
 import infer
 from data import InputError
-from model import AGGREGATIONS, TRUNKS, geometry, memory, pick_device, rate, tag_loss
+from model import AGGREGATIONS, TRUNKS, geometry, in_size, memory, pick_device, rate, tag_loss
 
 
 # ---------------------------------------------------------------- settings: this block is the help
@@ -128,16 +129,22 @@ def parse(argv):
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     preset = given.pop("preset")
     settings = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
-    for flag, low in dict(batch=1, steps=1, lr=0, r=1e-6, log_every=1, save_every=1, workers=0, limit=0, size=0, views=1,
-                          toy_images=1, toy_scenes=1, threshold_images=1, self_steps=0).items():
-        if not getattr(settings, flag) >= low:
-            parser.error(f"argument --{flag.replace('_', '-')}: {getattr(settings, flag)} is below {low}")
+    counts = "batch steps log_every save_every views toy_images toy_scenes threshold_images dense".split()
+    ranges = dict(dict.fromkeys(counts, (1,)),
+                  **dict.fromkeys("lr workers limit size self_steps self_rounds balance weight_decay".split(), (0,)),
+                  r=(1e-6,), seed=(0, 2 ** 32), dropout=(0, 1), momentum=(0, 0.9999), train_convs=(
+                      -1, sum(row.kind == "conv" for row in TRUNKS[settings.trunk].rows)))
+    for flag, (low, *high) in ranges.items():
+        if not low <= getattr(settings, flag) <= (high or [sys.float_info.max])[0]:
+            expected = f"{low} to {high[0]}" if high else f"{low} or more"
+            parser.error(f"argument --{flag.replace('_', '-')}: {getattr(settings, flag)}; expected {expected}")
     needs = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
     for flag in needs:
         if not getattr(settings, flag):
             parser.error(f"{preset} needs --{flag} ({dict(parser._option_string_actions)['--' + flag].help})")
     for flag in ("head", "kernel", "sides"):
-        if not all(w.isdigit() and int(w) for w in getattr(settings, flag).split(",") if getattr(settings, flag)):
+        words = getattr(settings, flag).split(",")
+        if not all(w.isdecimal() and 0 < int(w) < 100_000 for w in words) and (words != [""] or flag == "kernel"):
             parser.error(f"argument --{flag}: '{getattr(settings, flag)}' is not a list of numbers such as 1024,768,512")
     if settings.train_convs < 0:
         settings.cache = ""                                         # nothing is frozen
@@ -145,10 +152,14 @@ def parse(argv):
         settings.cache = f"{settings.out}/cache"
     settings.cache = "" if settings.cache == "no" else settings.cache
     settings.self_steps = 0 if settings.masks else settings.self_steps      # the labels are given
-    if settings.self_steps and not settings.cache:
-        parser.error("argument --self-steps: needs the features of a --cache, and a trunk that is frozen in part")
+    if settings.self_steps and (preset == "toy" or not settings.cache):
+        parser.error("argument --self-steps: needs image files (not toy), a --cache, and a trunk that is frozen in part")
     if settings.masks and preset == "paper":
         parser.error("argument --masks: not for paper, whose images are cut")
+    try:
+        pick_device(settings.device)
+    except (data.argparse.ArgumentTypeError, ValueError) as e:
+        parser.error(f"argument --device: {e}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch % world:
         parser.error(f"argument --batch: {settings.batch} images cannot be shared by {world} processes")
@@ -174,7 +185,11 @@ def load_photos(preset, s):
     if s.limit and s.limit < len(photos):
         photos = photos.take(np.linspace(0, len(photos) - 1, s.limit).astype(int).tolist())
     photos.size, photos.cut = s.size, preset == "paper"
-    return data.Masked.of(photos, s.masks) if s.masks else photos
+    if s.masks:
+        photos = data.Masked.of(photos, s.masks)
+        if not photos.frequencies.any():                          # reads them all, before anything is written
+            raise InputError(f"{s.masks}: every pixel is void; expected label PNGs with class indices")
+    return photos
 
 
 # ---------------------------------------------------------------- batches
@@ -231,6 +246,14 @@ def note_broken(photos, wanted, got, known):
                          "mend or remove them")
 
 
+def need_room(folder, size):
+    """Make the folder; raises InputError where its disk has not so many bytes left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(f"{folder}: {size / 1e9:.3f} GB are needed, {free / 1e9:.3f} are free; make room or give another")
+
+
 @torch.no_grad()
 def cached_features(net, photos, s, device):
     """Memory-mapped half-precision features of every photo, (N, views, D, h, w), made where they are not there yet.
@@ -241,18 +264,32 @@ def cached_features(net, photos, s, device):
     folder = Path(s.cache)
     frozen = net.trunk[:net.frozen_convs].parameters()
     weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in frozen))
-    names = hashlib.sha256("\n".join(f"{Path(p).parent.name}/{Path(p).name}" for p in photos.paths).encode())
+    names = hashlib.sha256(b"\n".join(p.tobytes() if isinstance(p, np.ndarray) else os.fsencode(
+        f"{Path(p).parent.name}/{Path(p).name}") for p in photos.paths))
     sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
     key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, amp=s.amp, weights=weights.hexdigest(),
                list=names.hexdigest(), shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 1 else 0)
     state = folder / "cache.json"
-    found = json.loads(state.read_text()) if state.exists() else None
+    try:
+        found = json.loads(state.read_text()) if state.exists() else None
+        if found is not None and not (isinstance(found["key"], dict) and type(found["done"]) is int
+                                      and 0 < found["done"] <= len(photos)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{state}: damaged; delete {folder}") from e
     if found and found["key"] != key:
         differ = [k for k in key if found["key"].get(k) != key[k]]
         raise InputError(f"{folder}: made for another {', '.join(differ)}; delete it or give another --cache")
-    folder.mkdir(parents=True, exist_ok=True)
-    features = np.lib.format.open_memmap(folder / "features.npy", "r+" if found else "w+", np.float16, tuple(key["shape"]))
     first, block, broken = found["done"] if found else 0, 32, set()
+    need_room(folder, 2 * math.prod(key["shape"]) * (len(photos) - first) // len(photos))
+    try:
+        if found:
+            np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)     # "r+" fills a short file up with zeros
+        features = np.lib.format.open_memmap(folder / "features.npy", "r+" if found else "w+", np.float16, tuple(key["shape"]))
+        if features.dtype != np.float16 or list(features.shape) != key["shape"]:
+            raise ValueError(f"{features.dtype} {features.shape}, expected float16 {key['shape']}")
+    except (ValueError, EOFError) as e:                           # also where it holds Python objects, which are never loaded
+        raise InputError(f"{folder}/features.npy: damaged ({e}); delete {folder}") from e
     if first < len(photos):
         print(f"caching {features.nbytes / 1e9:.1f} GB of features in {folder}")
     for start in data.progress(range(first, len(photos), block), "blocks cached"):
@@ -267,7 +304,7 @@ def cached_features(net, photos, s, device):
             features[start:start + len(seen), view] = torch.cat(parts).half().cpu().numpy()
         features.flush()
         data.write_atomically(state, lambda f: f.write(json.dumps(dict(key=key, done=start + len(images))).encode()))
-    return np.load(folder / "features.npy", mmap_mode="r")
+    return np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
 
 
 class Cached(torch.utils.data.Dataset):
@@ -321,10 +358,15 @@ def resume(path, s, net, optimizer, begin):
               if ckpt["settings"].get(k) != getattr(s, k)]
     if differ:
         raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
-    net.load_state_dict(ckpt["model"], strict=False)
-    if ckpt["step"] <= begin:                                     # saved by an earlier stage
-        return begin, []
-    optimizer.load_state_dict(ckpt["optimizer"])
+    try:
+        net.load_state_dict(ckpt["model"], strict=False)
+        if ckpt["step"] <= begin:                                 # saved by an earlier stage
+            return begin, []
+        optimizer.load_state_dict(ckpt["optimizer"])
+        if any(v.dim() and v.shape != p.shape for p, state in optimizer.state.items() for v in state.values()):
+            raise ValueError("the optimiser's moments have other shapes")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path}: cannot --resume from it ({e}); train again") from e
     return ckpt["step"], ckpt["pending"]
 
 
@@ -346,7 +388,7 @@ def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
     if first >= end:
         return
     if isinstance(photos, data.Masked):                           # classes that are rare in the labels are not to be given up
-        shift = s.balance * photos.frequencies().clamp(min=1e-4).log().to(device).view(1, -1, 1, 1)
+        shift = s.balance * photos.frequencies.clamp(min=1e-4).log().to(device).view(1, -1, 1, 1)
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     log = Log(out / "log.csv", first, s.log_every) if main else None
 
@@ -464,18 +506,18 @@ class Log:
     """log.csv and a fixed-width line on stdout. Resuming drops the rows that the run will write again."""
 
     def __init__(self, path, first, every):
-        rows = list(csv.reader(path.read_text().splitlines())) if first and path.exists() else []
-        kept = [row for row in rows[1:] if len(row) == 5 and int(row[0]) <= first and int(row[0]) % every == 0]
+        rows = list(csv.reader(path.read_text(errors="replace").splitlines())) if first and path.exists() else []
+        kept = [row for row in rows[1:] if len(row) == 5 and row[0].isdecimal() and int(row[0]) <= first
+                and int(row[0]) % every == 0]
         text = io.StringIO(newline="")
         csv.writer(text).writerows([["step", "samples", "loss", "lr", "images_per_s"], *kept])
         data.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-        self.file = open(path, "a", newline="")
-        self.csv = csv.writer(self.file)
+        self.path = path
         print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
 
     def write(self, step, samples, loss, lr, rate, steps):
-        self.csv.writerow([step, samples, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}"])
-        self.file.flush()
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerow([step, samples, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}"])
         left = (steps - step) * samples / step / rate
         print(f"{step:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
 
@@ -545,8 +587,7 @@ def finish(preset, net, photos, s):
 
 def main():
     preset, s, given = parse(sys.argv[1:])
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(s.device)
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device(s.device)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -556,14 +597,20 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out = Path(s.out)
     if s.resume and not (out / "ckpt.pt").exists():
-        raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume")
+        raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume; leave that out, or give the run's --out")
     start = time.perf_counter()
     photos = load_photos(preset, s)
     net = infer.build_net(dataclasses.asdict(s), len(photos.classes), torch.Generator().manual_seed(s.seed))
+    infer.check_dense(net, s.dense)
+    if s.size < in_size(1, net.rows):
+        raise InputError(f"--size {s.size}: the net looks at {in_size(1, net.rows)} pixels; give a larger --size")
     if s.trunk != "tiny":
         infer.load_weights(net, s.trunk, s.weights)
     net.to(device).to(memory_format=torch.channels_last)
+    if s.resume:                                                  # refuse before anything is written
+        resume(out / "ckpt.pt", s, net, None, math.inf)
     if rank == 0:
+        need_room(out, 24 * sum(p.numel() for p in net.parameters()))     # two checkpoints with Adam's moments
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print(f"{preset} on {device}: {len(photos):,} images, {len(photos.classes)} classes, {trained:,} trained parameters"
               + "".join(f", {k}={v}" for k, v in given.items()))
