@@ -572,9 +572,8 @@ def finish(preset, net, photos, s):
     delta = eval_voc.fit_thresholds(net, tagged, s.dense, sides)
     ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=delta)
     data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
-    shared = {k: v for k, v in ckpt.items() if k not in ("optimizer", "pending")}              # to give away: no paths, half size
-    shared["model"] = {k: v.half() for k, v in ckpt["model"].items()}
-    shared["settings"] = {**ckpt["settings"], **dict.fromkeys(PATHS, ""), "masks": "given" * bool(s.masks)}
+    shared = dict(ckpt, optimizer={}, pending=[], model={k: v.half() for k, v in ckpt["model"].items()},    # to give away
+                  settings={**ckpt["settings"], **dict.fromkeys(PATHS, ""), "masks": "given" * bool(s.masks)})
     data.write_atomically(out / "head.pt", lambda f: torch.save(shared, f))
     samples = [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
     if preset == "toy":
@@ -638,7 +637,9 @@ def main():
         finish(preset, net.eval(), photos, s)
         print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
     if world > 1:
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)                                               # the usual way out: gloo's threads abort it now and then
 
 
 if __name__ == "__main__":
