@@ -510,16 +510,42 @@ def thresholded(p, objectness, delta):
     return np.where(v > np.asarray(delta)[k], k, 0)
 
 
+def relative(objectness):
+    """Objectness (H, W) on any scale -> o / (o + mean of o) after its minimum is taken off: in [0, 1), 0.5 for the average pixel."""
+    o = objectness - objectness.min() + 1e-12                 # a flat one becomes 0.5
+    return o / (o + o.mean())
+
+
+def saliency(image):
+    """p(pixel in an object) of a small picture (h, w, 3) uint8 from its own hierarchy, (h, w) in [0, 1); see `hierarchy`."""
+    regions = superpixels(image, 50, 0.5, 5)
+    segments, scores = hierarchy(regions, image)
+    return relative(cover_score(scores, image.shape[:2], None, segments, regions))
+
+
+def weigh(p, objectness, trust=1):
+    """p (K, h, w) times objectness (h, w) for the object classes and 1 - objectness for background, each to the power `trust`;
+    sums to 1 again."""
+    objects = np.broadcast_to(objectness, p[1:].shape)
+    p = p * np.concatenate([1 - objectness[None], objects]).astype(p.dtype) ** trust
+    return p / np.maximum(p.sum(0), 1e-30)
+
+
+def resized(plane, size):
+    """(h, w) floats at another size (H, W), bilinear, or averages where it shrinks."""
+    return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size[::-1], Image.BILINEAR))
+
+
 def refine(p, image, regions, cell=8):
-    """Our own, without anything trained: pixel-adaptive refinement on cells of some pixels, then superpixel means.
+    """Our own, without anything trained: saliency, pixel-adaptive refinement on cells of some pixels, superpixel means.
 
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W).
     """
-    size = (-(-image.shape[0] // cell), -(-image.shape[1] // cell))
-    p = p / p.sum(0)                                       # the image-level prior leaves sums below 1
-    small = F.interpolate(torch.from_numpy(p)[None], size, mode="area")[0].numpy()
-    guide = np.asarray(Image.fromarray(image).resize(size[::-1], Image.BOX))
-    smooth = torch.from_numpy(pixel_adaptive(small, guide))[None]
+    quarter, size = ([-(-n // side) for n in image.shape[:2]] for side in (4, cell))
+    small = np.asarray(Image.fromarray(image).resize(quarter[::-1], Image.BOX))
+    p = weigh(p, resized(saliency(small), image.shape[:2]))
+    p = F.interpolate(torch.from_numpy(p)[None], size, mode="area")[0].numpy()
+    smooth = torch.from_numpy(pixel_adaptive(p, np.asarray(Image.fromarray(image).resize(size[::-1], Image.BOX))))[None]
     p = F.interpolate(smooth, image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
     return superpixel_mean(p, regions)[0].T[:, regions]
 
@@ -528,8 +554,8 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     """Labels for a training image whose tags are known, for self-training; void where no class is sure.
 
     scores (K, h, w), features (D, h, w), present: indices of the tagged classes, image (3, S, S) uint8. A tagged class's
-    map is its margin over the untagged ones, spread to places of like features, refined on the image at 4h x 4w, and
-    compared with `threshold` (its maximum is 1) for background. Returns (4h, 4w) uint8.
+    map is its margin over the untagged ones, spread to places of like features, weighed against `threshold` (its maximum
+    is 1) for background by saliency, and refined on the image at 4h x 4w. Returns (4h, 4w) uint8.
     """
     (_, h, w), absent = scores.shape, torch.ones(len(scores), dtype=torch.bool)
     absent[present] = absent[0] = False
@@ -542,9 +568,8 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     low, high = spread.amin((1, 2), keepdim=True), spread.amax((1, 2), keepdim=True)
     maps = torch.cat([torch.full((1, h, w), threshold, device=x.device), (spread - low) / (high - low).clamp(min=1e-6)])
     maps = F.interpolate(maps[None], (4 * h, 4 * w), mode="bilinear", align_corners=False)[0]
-    guide = F.interpolate(image[None].float(), (4 * h, 4 * w), mode="area")[0].permute(1, 2, 0)
-    share = pixel_adaptive(maps.cpu().numpy(), guide.numpy() / 255)
-    share /= share.sum(0)
+    guide = F.interpolate(image[None].float(), (4 * h, 4 * w), mode="area")[0].permute(1, 2, 0).byte().numpy()
+    share = pixel_adaptive(weigh(maps.cpu().numpy(), saliency(guide), 0.5), guide)
     labels = np.concatenate([[0], present.cpu().numpy()])[share.argmax(0)]
     return np.where(share.max(0) > sure, labels, data.VOID).astype(np.uint8)
 
@@ -563,8 +588,7 @@ class Scene:
 
     @functools.cached_property
     def objectness(self):
-        """{"bb", "seg"}: p(pixel in an object), (H, W) in [0, 1): o / (o + mean of o over the picture), where o is the mean
-        score of the covering proposals (`cover_score`) less its minimum. 0.5 is a picture's average on any scale of scores."""
+        """{"bb", "seg"}: p(pixel in an object), (H, W): the mean score of the covering proposals, `relative` to the picture's."""
         shape, regions = self.image.shape[:2], self.regions
         segments, scores = (None, None) if self.bing and self.mcg else self.segments
         boxes = bing(self.image, self.bing) if self.bing else (boxes_of(segments, regions), scores)
@@ -573,9 +597,8 @@ class Scene:
             if regions.shape != shape:
                 raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but its image has "
                                  f"{shape[1]}x{shape[0]}; is it another image's?")
-        maps = {"bb": cover_score(boxes[1], shape, boxes[0]), "seg": cover_score(scores, shape, None, segments, regions)}
-        maps = {name: o - o.min() for name, o in maps.items()}
-        return {name: o / np.maximum(o + o.mean(), 1e-12) for name, o in maps.items()}
+        return {"bb": relative(cover_score(boxes[1], shape, boxes[0])),
+                "seg": relative(cover_score(scores, shape, None, segments, regions))}
 
 
 PRIORS = {                                               # name: f(p (K, H, W), Scene) -> labels (H, W)
