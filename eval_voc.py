@@ -3,6 +3,7 @@
     python eval_voc.py score  PRED_DIR --voc VOC2012 --set val      # IoU per class and their mean
     python eval_voc.py ladder CKPT     --voc VOC2012 --set val      # base, +ILP, +ILP+sppxl, ... in one pass
     python eval_voc.py submit PRED_DIR --voc VOC2012 --set test --out results.tgz
+    python eval_voc.py proposals       --voc VOC2012 --set val      # how good superpixels and boxes are, against true masks
 
 One 21 x 21 histogram over the whole set, void pixels left out, the plain mean over all 21 classes: VOCevalseg.m.
 Letters in shape comments: K classes, H W pixels. Matrices have a row per true and a column per predicted class.
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 import data
 import infer
@@ -263,11 +265,40 @@ def print_runs(reports, settings):
         print(f"{name:{width}} {len(rows):4} " + " ".join(f"{f'{np.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})':>18}" for v in zip(*rows)))
 
 
+def chosen(args):
+    """Ids of --set, --limit of them spread over it."""
+    ids = data.voc_ids(args.voc, args.set)
+    if args.limit < 0:
+        raise InputError(f"--limit {args.limit}: expected 0 or more")
+    return [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))] if args.limit else ids
+
+
 def voc_samples(voc, ids):
     """Yield (id, image, truth) of a VOC set."""
     truths = existing(Path(voc, "SegmentationClass"), ids)
     for i, truth in data.progress(list(zip(ids, truths)), "scored"):
         yield i, data.load_image(Path(voc, "JPEGImages", f"{i}.jpg")), data.read_labels(truth)
+
+
+def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
+    """What the priors could reach at best: (confusion (K, K) of superpixels that take their most frequent TRUE label,
+    objects (N, 2): area in pixels and best IoU with a proposed box). An object is a connected region of one class.
+
+    samples: (name, image, truth); bing: folder of BING's model, else the boxes of our own segments.
+    """
+    matrix, objects = 0, []
+    for _, image, truth in samples:
+        scene = infer.Scene(image)
+        boxes = infer.bing(image, bing)[0] if bing else infer.boxes_of(scene.segments[0], scene.regions)
+        matrix = matrix + confusion(truth, infer.vote(np.where(truth == VOID, 0, truth), scene.regions).astype(np.uint8), classes)
+        for k in set(np.unique(truth)) - {0, VOID}:
+            parts = ndimage.label(truth == k)[0]
+            for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
+                low, high = np.maximum(boxes[:, :2], (x.start, y.start)), np.minimum(boxes[:, 2:], (x.stop, y.stop))
+                both = np.prod(np.maximum(high - low, 0), 1)
+                one = (x.stop - x.start) * (y.stop - y.start)
+                objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max()))
+    return matrix, np.array(objects)
 
 
 # ---------------------------------------------------------------- submission
@@ -322,19 +353,24 @@ def write_json(path, report):
 
 def main():
     parser = data.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{score,ladder,submit}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{score,ladder,submit,proposals}")
     for name, what, text in (("score", "folder", "IoU of a folder of label PNGs"),
                              ("ladder", "checkpoint", "every prior, from a checkpoint"),
-                             ("submit", "folder", "pack label PNGs for the evaluation server")):
+                             ("submit", "folder", "pack label PNGs for the evaluation server"),
+                             ("proposals", "", "what superpixels and boxes could reach at best, from the TRUE MASKS")):
         sub = commands.add_parser(name, help=text, description=text)
         if name == "ladder":
             sub.add_argument(what, nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
-        else:
+        elif what:
             sub.add_argument(what, help="<image id>.png of every image, as infer.py writes them")
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
         sub.add_argument("--set", default="test" if name == "submit" else "val", help="its set [%(default)s]")
         if name == "submit":
             sub.add_argument("--out", required=True, metavar="FILE.tgz")
+            continue
+        if name == "proposals":
+            sub.add_argument("--limit", type=int, default=0, metavar="N", help="use N images spread over the set")
+            sub.add_argument("--bing", metavar="DIR", help="BING's model [boxes around our own segments]")
             continue
         sub.add_argument("--json", metavar="FILE", help="also write the numbers here")
         if name == "score":
@@ -367,11 +403,7 @@ def main():
                 print(f"{value:7.2f}  {name}")
         write_json(args.json, report)
     elif args.command == "ladder":
-        ids = data.voc_ids(args.voc, args.set)
-        if args.limit < 0:
-            parser.error(f"argument --limit: {args.limit} is below 0")
-        if args.limit:
-            ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))]
+        ids = chosen(args)
         tags, reports, settings = data.voc_tags(args.voc, args.set), {}, {}
         tags = tags if all(i in tags for i in ids) else None
         for path in args.checkpoint:
@@ -398,6 +430,13 @@ def main():
         if len(reports) > 1:
             print_runs(reports, settings)
         write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)
+    elif args.command == "proposals":
+        matrix, objects = proposals(voc_samples(args.voc, chosen(args)), args.bing)
+        print(f"superpixels with their most frequent true label: {100 * np.trace(matrix) / matrix.sum():.1f} % of the pixels, "
+              f"mean IoU {np.nanmean(measures(matrix)[0]):.1f}")
+        for area in (100, 400, 1000, 4000):
+            best = objects[objects[:, 0] >= area, 1]
+            print(f"objects of {area} pixels or more: {100 * (best >= 0.5).mean():.1f} % of {len(best)} in a box of IoU 0.5")
     else:
         print(f"{args.out}: {submit(args.folder, args.voc, args.set, args.out)} label maps; upload as comp6")
 

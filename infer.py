@@ -399,6 +399,17 @@ def normed_gradient(image):
     return np.minimum(np.abs(gx).max(2) + np.abs(gy).max(2), 255)
 
 
+def spread_peaks(score, side=5):
+    """Greedy non-maximum suppression: flat indices of the points of score (h, w) that no better kept point has in its
+    side x side window, in no order. Rounds of local maxima give just those that a loop from the best down would keep."""
+    alive, kept = score.copy(), []
+    while np.isfinite(alive).any():
+        peaks = np.isfinite(alive) & (alive == ndimage.maximum_filter(alive, side))
+        kept.append(np.flatnonzero(peaks))
+        alive[ndimage.maximum_filter(peaks, side)] = -np.inf
+    return np.concatenate(kept)
+
+
 def bing(image, model_dir, n=1000, per_size=130):
     """Class-free object boxes from a trained BING model (Cheng et al., CVPR 2014): a filter on 8x8 normed gradients.
 
@@ -414,8 +425,8 @@ def bing(image, model_dir, n=1000, per_size=130):
         small = Image.fromarray(image).resize((round(8 * W / w), round(8 * H / h)), Image.BILINEAR)
         ng = torch.from_numpy(normed_gradient(np.asarray(small)).astype(np.float32))
         score = F.conv2d(ng[None, None], torch.from_numpy(kernel)[None, None])[0, 0].numpy()   # one per top left corner
-        peaks = np.flatnonzero(score == ndimage.maximum_filter(score, 5))
-        top = peaks[np.argsort(-score.ravel()[peaks], kind="stable")[:per_size]]
+        top = spread_peaks(score)
+        top = top[np.argsort(-score.ravel()[top], kind="stable")[:per_size]]
         y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
         boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
         scores.append(score.ravel()[top] * gain + bias)

@@ -49,7 +49,7 @@ class Trunk(NamedTuple):
     head: tuple                              # default hidden widths of the head
     size: int                                # side of a training crop, pixels
     feature_scale: float = 1.0               # multiplies the features, so that a fresh head sees values around 1
-    weights_url: str = ""
+    weights_url: str | None = None           # where its public weights are; "": a file that the user has; None: there are none
 
 
 _VGG16 = [row for width, times in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -58,10 +58,10 @@ TRUNKS = {
     # Section 3: OverFeat's "accurate" net up to its sixth convolution, before the third pool; 18,916,480 parameters.
     "overfeat": Trunk([conv(96, 7, 2), pool(3, 3), conv(256, 7), pool(2, 2), conv(512, 3, pad=1), conv(512, 3, pad=1),
                        conv(1024, 3, pad=1), conv(1024, 3, pad=1)],
-                      (118.380948,) * 3, (61.896913,) * 3, (1024, 768, 512), 400),
+                      (118.380948,) * 3, (61.896913,) * 3, (1024, 768, 512), 400, weights_url=""),
     "overfeat-fast": Trunk([conv(96, 11, 4), pool(2, 2), conv(256, 5), pool(2, 2), conv(512, 3, pad=1),
                             conv(1024, 3, pad=1), conv(1024, 3, pad=1)],
-                           (118.380948,) * 3, (61.896913,) * 3, (1024, 768, 512), 400),
+                           (118.380948,) * 3, (61.896913,) * 3, (1024, 768, 512), 400, weights_url=""),
     # VGG16's 13 convolutions, without its fifth pool. --dense 2 sees pool 4 and conv5 at stride 8.
     "vgg16": Trunk(_VGG16, (123.0, 117.0, 104.0), (1.0, 1.0, 1.0), (256,), 320, 0.1,
                    "https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth"),

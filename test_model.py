@@ -927,6 +927,15 @@ def test_hierarchy_finds_the_object():
     assert [len(x) for x in infer.hierarchy(np.zeros((4, 5), np.int32), image[:4, :5])] == [1, 1]       # one superpixel
 
 
+def test_spread_peaks_are_those_of_a_greedy_loop():
+    score, kept = np.random.default_rng(0).random((20, 30)), []
+    for i in np.argsort(-score.ravel()):
+        y, x = divmod(int(i), 30)
+        if all(max(abs(y - v), abs(x - u)) > 2 for v, u in kept):
+            kept.append((y, x))
+    assert sorted(infer.spread_peaks(score)) == sorted(y * 30 + x for y, x in kept)
+
+
 def test_normed_gradient_equals_its_loop():
     x = random_image(0, 9, 11).astype(int)
     got = infer.normed_gradient(x.astype(np.uint8))

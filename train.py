@@ -341,7 +341,7 @@ def commit():
 def save_checkpoint(path, net, s, classes, step, optimizer, pending):
     """Plain tensors and values only. A frozen trunk with public weights is left out; its file is named instead."""
     keep = {k: v.cpu() for k, v in net.state_dict().items()
-            if not (k.startswith("trunk.") and int(k.split(".")[1]) < net.frozen_convs and s.trunk != "tiny")}
+            if not (k.startswith("trunk.") and int(k.split(".")[1]) < net.frozen_convs and net.spec.weights_url is not None)}
     data.write_atomically(path, lambda file: torch.save(
         dict(format=1, step=step, settings=dataclasses.asdict(s), classes=classes, model=keep, pending=pending,
              optimizer=optimizer.state_dict(), thresholds={}), file))
@@ -603,7 +603,7 @@ def main():
     infer.check_dense(net, s.dense)
     if s.size < in_size(1, net.rows):
         raise InputError(f"--size {s.size}: the net looks at {in_size(1, net.rows)} pixels; give a larger --size")
-    if s.trunk != "tiny":
+    if net.spec.weights_url is not None:
         infer.load_weights(net, s.trunk, s.weights)
     net.to(device).to(memory_format=torch.channels_last)
     if s.resume:                                                  # refuse before anything is written
