@@ -2,6 +2,7 @@
 
     python infer.py out/toy/ckpt.pt photo.jpg            # photo.png (palette labels), photo_overlay.png in out/labels
     python infer.py CKPT DIR --prior sppxl --soft        # a whole folder; also the class scores as .npz
+    python infer.py CKPT photo.jpg --panel demo.png      # a picture of how it came about
     python infer.py CKPT --voc VOC2012 --set val --out out/val        # a VOC set, ready for eval_voc.py score
 
 No true label is read here. Letters in shape comments: K classes, H W pixels, h w cells.
@@ -651,13 +652,13 @@ def panel(rows, classes, width=150):
 
     rows: list of (list of (caption, picture), set of class indices). Returns a PIL image.
     """
-    face, caption_height = font(13), 18
+    face, caption_height, step = font(18), 24, 180
     tall = lambda picture: min(max(1, round(picture.shape[0] * width / picture.shape[1])), 4 * width)
     heights = [max(tall(p) for _, p in cells) for cells, _ in rows]
     used = sorted(set().union(*[k for _, k in rows]))
     columns = max(len(cells) for cells, _ in rows)
-    per_line = max(1, columns * (width + 4) // 130)
-    legend = 8 + 20 * -(-len(used) // per_line)
+    per_line = max(1, columns * (width + 4) // step)
+    legend = 8 + 26 * -(-len(used) // per_line)
     sheet = Image.new("RGB", (columns * (width + 4) + 4, sum(heights) + len(rows) * (caption_height + 4) + legend), "white")
     draw, y = ImageDraw.Draw(sheet), 0
     for (cells, _), height in zip(rows, heights):
@@ -669,16 +670,16 @@ def panel(rows, classes, width=150):
                         (x, y + caption_height))
         y += height + caption_height + 4
     for n, k in enumerate(used):
-        x, line = 4 + n % per_line * 130, y + 4 + n // per_line * 20
-        draw.rectangle((x, line, x + 14, line + 14), tuple(map(int, data.voc_palette()[k])), "black")
-        draw.text((x + 20, line - 1), classes[k], "black", face)
+        x, line = 4 + n % per_line * step, y + 4 + n // per_line * 26
+        draw.rectangle((x, line, x + 20, line + 20), tuple(map(int, data.voc_palette()[k])), "black")
+        draw.text((x + 26, line - 1), classes[k] if k < len(classes) else "void", "black", face)
     return sheet
 
 
-def explain(net, image, truth, classes, dense=1, sides=(), maps=4):
+def explain(net, image, truth, classes, dense=1, sides=(), maps=3):
     """One row of a panel: image, truth if known, base, +ILP, final, and heat maps of the classes with the largest q."""
     p, q = predict(net, image, dense, sides)
-    labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP+refine": PRIORS["refine"](ilp(p, q), Scene(image))}
+    labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP +refine": PRIORS["refine"](ilp(p, q), Scene(image))}
     cells = [("image", image)] + ([("truth", data.voc_palette()[truth])] if truth is not None else [])
     cells += [(name, data.voc_palette()[label]) for name, label in labels.items()]
     top = [int(k) for k in np.argsort(-q) if k][:maps]
@@ -710,6 +711,7 @@ def main():
     parser.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
     parser.add_argument("--ahead", type=int, default=2, metavar="N", help="images whose priors wait while the network goes on [2]")
     parser.add_argument("--soft", action="store_true", help="also write the class scores as .npz")
+    parser.add_argument("--panel", metavar="FILE", help="also draw the first 20 photographs with labels, prior by prior, and score maps")
     parser.add_argument("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
     parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps [auto]")
     args = parser.parse_args()
@@ -753,6 +755,9 @@ def main():
             print(f"{file}: " + ", ".join(f"{ckpt['classes'][k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k] > 0))
     for _ in data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)):
         pass
+    if args.panel:
+        good = [f for f in files[:20] if not any(str(f) in why for why in bad)]
+        save_panel(args.panel, net, [(f.stem, data.load_image(f), None) for f in good], ckpt["classes"], dense, ckpt["sides"])
     print(f"wrote {len(files) - len(bad)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
           f"most memory {memory(args.device):.2f} GB")
     if bad:

@@ -7,12 +7,14 @@ Tests of real data read ../shared (see README.md) and are skipped, saying so, wh
 """
 import csv
 import dataclasses
+import functools
 import gzip
 import importlib
 import io
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -1199,6 +1201,27 @@ def test_malformed_inputs_are_refused_in_one_line_and_leave_nothing(tmp_path):
 
 
 # ---------------------------------------------------------------- the README
+
+def test_the_readmes_lesson_and_forks_run(tmp_path):
+    """The three diffs, applied to a copy of the scripts, train and label; the lesson prints the tags of its scene."""
+    text = (HERE / "README.md").read_text()
+    for script in HERE.glob("*.py"):
+        (tmp_path / script.name).write_text(script.read_text())
+    for diff in re.findall(r"```diff\n(.*?)```", text, re.S):
+        assert sum(line[0] in "+-" for line in diff.splitlines()) <= 10
+        name = re.search(r"\+\+\+ b/(\S+)", diff)[1]
+        old = "".join(line[1:] for line in diff.splitlines(True)[3:] if line[0] != "+")
+        new = "".join(line[1:] for line in diff.splitlines(True)[3:] if line[0] != "-")
+        code = (tmp_path / name).read_text()
+        assert code.count(old) == 1, diff
+        (tmp_path / name).write_text(code.replace(old, new))
+    run = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, text=True)
+    out = run([sys.executable, "train.py", *map(str, TOY), "--steps", "2", "--aggregation", "top10", "--trunk", "wide"]).stdout
+    assert "ilp+median" in out
+    lesson = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    run([sys.executable, "train.py", *map(str, TOY), "--steps", "2"])
+    assert "speckle" in run([sys.executable, "-c", lesson]).stdout
+
 
 def test_readme_commands_run_as_written(tmp_path, voc):
     """Every command but the two set-up lines (.ci/run runs those) and torchrun, in order, on tiny data under the README's names."""
