@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -639,7 +640,10 @@ def test_photographs_of_every_kind_are_read_upright_and_bad_ones_named(tmp_path)
     Image.new("RGB", (20_000, 2)).save(path / "wide.png")
     assert data.load_image(path / "wide.png").shape == (2, 20_000, 3)
     whole = (path / "turned.jpg").read_bytes()
-    for name, content in {"half.jpg": whole[:len(whole) // 2], "empty.jpg": b"", "text.jpg": b"hello"}.items():
+    png = (path / "palette.png").read_bytes()                              # its header now claims 40,000 x 30,000 pixels
+    header = b"IHDR" + (40_000).to_bytes(4, "big") + (30_000).to_bytes(4, "big") + png[24:29]
+    bomb = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+    for name, content in {"half.jpg": whole[:len(whole) // 2], "empty.jpg": b"", "text.jpg": b"hello", "bomb.png": bomb}.items():
         (path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             data.load_image(path / name)
@@ -1238,6 +1242,7 @@ def test_readme_commands_run_as_written(tmp_path, voc):
     for name in ("train", "test"):
         make_voc(voc, {f"{name}_{i}": m for i, m in masks.items()}, name)
     (tmp_path / "VOCdevkit").mkdir()
+    (tmp_path / "assets").symlink_to(HERE / "assets")
     voc.rename(tmp_path / "VOCdevkit/VOC2012")
     small = {"toy": "--toy-images 8 --toy-scenes 1 --batch 4", "voc": "--size 64 --head 8 --self-rounds 1 --self-steps 1 --batch 4",
              "folder": "--size 64 --head 8 --batch 2", "paper": "--batch 1 --head 8 --workers 0"}
