@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -593,7 +594,8 @@ def main():
             torch.cuda.set_device(device)
         elif os.environ.get("LOCAL_WORLD_SIZE") == str(world):    # one machine: its name may lead gloo elsewhere
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))           # the others wait while one caches and labels
     out = Path(s.out)
     if s.resume and not (out / "ckpt.pt").exists():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume; leave that out, or give the run's --out")
