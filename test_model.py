@@ -866,6 +866,25 @@ def test_votes_means_and_thresholds_equal_their_loops():
             assert labels[y, x] == (k if p[k, y, x] / p[:, y, x].sum() * objectness[y, x] > delta[k] else 0)
 
 
+def test_objectness_weighs_objects_against_background():
+    rng = np.random.default_rng(0)
+    p, o = rng.random((3, 5, 6)).astype(np.float32), rng.random((5, 6))
+    for trust in (0.5, 1):
+        weighed = infer.weigh(p, o, trust)
+        for y in range(5):
+            for x in range(6):
+                want = [p[0, y, x] * (1 - o[y, x]) ** trust] + [p[k, y, x] * o[y, x] ** trust for k in (1, 2)]
+                assert np.allclose(weighed[:, y, x], np.array(want) / sum(want), atol=1e-5)
+    assert np.allclose(infer.relative(o), (o - o.min()) / (o - o.min() + (o - o.min()).mean()), atol=1e-6)
+    assert np.allclose(infer.relative(np.full((3, 3), 7.0)), 0.5)                          # a flat picture decides nothing
+    image = np.full((80, 100, 3), 40, np.uint8)
+    image[24:56, 32:72] = 220
+    assert infer.saliency(image[::4, ::4])[10, 13] > 0.6 > 0.4 > infer.saliency(image[::4, ::4])[1, 1]
+    p = np.full((2, 80, 100), 0.5, np.float32)                                             # scores that know nothing
+    labels = infer.refine(p, image, infer.superpixels(image)).argmax(0)
+    assert (labels == (image[..., 0] > 100)).mean() > 0.95
+
+
 def test_pixel_adaptive_refinement_equals_its_loops():
     rng = np.random.default_rng(0)
     x, guide = rng.random((2, 9, 11)).astype(np.float32), rng.random((9, 11, 3)).astype(np.float32)
