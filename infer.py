@@ -468,11 +468,9 @@ def read_mcg(path):
 # ---------------------------------------------------------------- smoothing priors (section 4)
 
 def superpixel_mean(planes, labels):
-    """Mean of each plane (K, H, W) over each superpixel of labels (H, W) -> (S, K), and sizes (S,). [:, labels] of the
-    transpose paints it back."""
-    flat = labels.ravel()
-    size = np.bincount(flat)
-    return np.stack([np.bincount(flat, p.ravel(), len(size)) for p in planes], 1) / np.maximum(size, 1)[:, None], size
+    """Mean of each plane (K, H, W) over each superpixel of labels (H, W) -> (K, S); [:, labels] paints it back."""
+    size = np.bincount(labels.ravel())
+    return np.stack([np.bincount(labels.ravel(), p.ravel(), len(size)) for p in planes]) / np.maximum(size, 1)
 
 
 def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
@@ -559,7 +557,7 @@ def refine(p, image, regions, cell=8):
     p = F.interpolate(torch.from_numpy(p)[None], size, mode="area")[0].numpy()
     smooth = torch.from_numpy(pixel_adaptive(p, np.asarray(Image.fromarray(image).resize(size[::-1], Image.BOX))))[None]
     p = F.interpolate(smooth, image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
-    return superpixel_mean(p, regions)[0].T[:, regions]
+    return superpixel_mean(p, regions)[:, regions]
 
 
 def seeds(scores, features, present, image, threshold=0.3, sure=0.5):

@@ -856,9 +856,9 @@ def test_votes_means_and_thresholds_equal_their_loops():
     rng = np.random.default_rng(0)
     p, guess = rng.random((4, 9, 11)).astype(np.float32), rng.integers(0, 4, (9, 11))
     regions, objectness, delta = random_parts(rng, 9, 11)[0], rng.random((9, 11)), np.array([0, 0.1, 0.2, 0.3])
-    mean, vote, labels = infer.superpixel_mean(p, regions)[0], infer.vote(guess, regions), infer.thresholded(p, objectness, delta)
+    mean, vote, labels = infer.superpixel_mean(p, regions), infer.vote(guess, regions), infer.thresholded(p, objectness, delta)
     for s in range(9):
-        assert np.allclose(mean[s], p[:, regions == s].mean(1), atol=1e-6)
+        assert np.allclose(mean[:, s], p[:, regions == s].mean(1), atol=1e-6)
         assert (vote[regions == s] == np.bincount(guess[regions == s]).argmax()).all()
     for y in range(9):
         for x in range(11):
