@@ -298,7 +298,7 @@ def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
                 both = np.prod(np.maximum(high - low, 0), 1)
                 one = (x.stop - x.start) * (y.stop - y.start)
                 objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max()))
-    return matrix, np.array(objects)
+    return matrix, np.array(objects).reshape(-1, 2)
 
 
 # ---------------------------------------------------------------- submission
@@ -436,7 +436,8 @@ def main():
               f"mean IoU {np.nanmean(measures(matrix)[0]):.1f}")
         for area in (100, 400, 1000, 4000):
             best = objects[objects[:, 0] >= area, 1]
-            print(f"objects of {area} pixels or more: {100 * (best >= 0.5).mean():.1f} % of {len(best)} in a box of IoU 0.5")
+            share = 100 * (best >= 0.5).sum() / max(1, len(best))
+            print(f"objects of {area} pixels or more: {share:.1f} % of {len(best)} in a box of IoU 0.5")
     else:
         print(f"{args.out}: {submit(args.folder, args.voc, args.set, args.out)} label maps; upload as comp6")
 
