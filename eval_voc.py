@@ -234,7 +234,7 @@ def print_ladder(report):
     width = max(12, *map(len, classes))
 
     def line(name, values):
-        print(f"{name:{width}} " + " ".join(f"{math.nan if v is None else v:{max(10, len(row))}.1f}"
+        print(f"{name:{width}} " + " ".join(f"{'-' if v is None else f'{v:.1f}':>{max(10, len(row))}}"
                                             for row, v in zip(rows, values)))
     print(f"{'':{width}} " + " ".join(f"{row:>10}" for row in rows))
     for name in classes:
