@@ -163,11 +163,20 @@ def print_score(report, matrix, classes):
 # ---------------------------------------------------------------- the ladder
 
 def average_precision(scores, present):
-    """Area under the monotone precision-recall curve, VOC's rule from 2010 on, in percent. scores (N,), present (N,) bool."""
+    """Area under the monotone precision-recall curve, VOC's rule from 2010 on, in percent. scores (N,), present (N,) bool.
+
+    None where nothing is present.
+    """
     hits = present[np.argsort(-scores, kind="stable")]
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]               # the best at this recall or a larger one
-    return 100 * precision[hits].mean() if hits.any() else math.nan
+    return 100 * float(precision[hits].mean()) if hits.any() else None
+
+
+def mean_defined(values):
+    """Mean of the values that are not None; None where there are none."""
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
 
 
 def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=None, tags=None, form="objects",
@@ -182,19 +191,25 @@ def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=
 
     def labelled(predicted):
         name, image, truth, p, q = predicted
-        scene = infer.Scene(image, delta, bing, mcg and Path(mcg, f"{name}.mat"))
+        scene = infer.Scene(image, delta, bing, mcg, name)
         rows = infer.rungs(p, q, scene, form, priors) | {f"ilp {f}": infer.ilp(p, q, f).argmax(0) for f in forms}
         try:
             return name, q, {row: confusion(truth, labels.astype(np.uint8), len(classes)) for row, labels in rows.items()}
         except InputError as e:
             raise InputError(f"{name}: {e}") from e
-    names, scores, matrices = zip(*infer.overlapped(network, labelled, samples))
-    report = dict(rows={row: summarise(sum(m[row] for m in matrices), classes, len(names)) for row in matrices[0]}, classes=classes)
+    matrices, scores = {}, {}
+    for name, q, counts in infer.overlapped(network, labelled, samples):
+        scores[name] = q
+        for row, matrix in counts.items():
+            matrices[row] = matrices.get(row, 0) + matrix
+    report = dict(rows={row: summarise(m, classes, len(scores)) for row, m in matrices.items()}, classes=classes)
     if tags:
         report["average_precision"] = {}
         for k, label in enumerate(classes[1:], 1):
-            known = [(q[k], k in tags[n][0]) for n, q in zip(names, scores) if k not in tags[n][1] - tags[n][0]]
-            report["average_precision"][label] = float(average_precision(*map(np.array, zip(*known))))
+            known = [name for name in scores if k not in tags[name][1]]         # difficult only: contributes nothing
+            present = np.array([k in tags[name][0] for name in known], bool)
+            report["average_precision"][label] = average_precision(np.array([scores[name][k] for name in known]), present)
+        report["mean_average_precision"] = mean_defined(report["average_precision"].values())
     return report
 
 
@@ -244,8 +259,8 @@ def print_ladder(report):
         print(f"(over the {min(r['classes_defined'] for r in rows.values())} or more of {len(classes)} classes that occur)")
     if classes == data.VOC_CLASSES:
         line("paper, val", [np.mean(PAPER[row]) if row in PAPER else None for row in rows])
-    if "average_precision" in report:
-        print(f"tags: mean average precision {np.nanmean(list(report['average_precision'].values())):.1f}")
+    if report.get("mean_average_precision") is not None:
+        print(f"tags: mean average precision {report['mean_average_precision']:.1f}")
 
 
 def print_runs(reports, settings):
@@ -256,17 +271,17 @@ def print_runs(reports, settings):
     every, groups = list(settings.values()), {}
     differ = [k for k in every[0] if k not in ("seed", "out", "cache", "weights") and any(s.get(k) != every[0][k] for s in every)]
     for path, report in reports.items():
-        values = [r["mean_iou_defined"] for r in report["rows"].values()]
-        values.append(np.nanmean(list(report["average_precision"].values())) if "average_precision" in report else math.nan)
+        values = [*(r["mean_iou_defined"] for r in report["rows"].values()), report.get("mean_average_precision") or math.nan]
         groups.setdefault(", ".join(f"{k} {settings[path].get(k)}" for k in differ) or "all", []).append(values)
     width = max(map(len, groups))
     print(f"{'':{width}} {'runs':>4} " + " ".join(f"{row:>18}" for row in [*next(iter(reports.values()))["rows"], "tags, mAP"]))
     for name, rows in groups.items():
-        print(f"{name:{width}} {len(rows):4} " + " ".join(f"{f'{np.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})':>18}" for v in zip(*rows)))
+        cells = (f"{np.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in zip(*rows))
+        print(f"{name:{width}} {len(rows):4} " + " ".join(f"{cell:>18}" for cell in cells))
 
 
 def chosen(args):
-    """Ids of --set, --limit of them spread over it."""
+    """Ids of --set, --limit of them spread over it. Raises InputError."""
     ids = data.voc_ids(args.voc, args.set)
     if args.limit < 0:
         raise InputError(f"--limit {args.limit}: expected 0 or more")
@@ -297,7 +312,7 @@ def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
                 low, high = np.maximum(boxes[:, :2], (x.start, y.start)), np.minimum(boxes[:, 2:], (x.stop, y.stop))
                 both = np.prod(np.maximum(high - low, 0), 1)
                 one = (x.stop - x.start) * (y.stop - y.start)
-                objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max()))
+                objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max(initial=0)))
     return matrix, np.array(objects).reshape(-1, 2)
 
 
@@ -387,7 +402,7 @@ def main():
             sub.add_argument("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")
             sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
             sub.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
-            sub.add_argument("--sides", default="", help="images are brought to side*side pixels, e.g. 288,432 [the checkpoint's]")
+            sub.add_argument("--sides", type=infer.numbers, metavar="N,N", help="images are brought to side*side pixels, e.g. 288,432 [the checkpoint's]")
             sub.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps [auto]")
     args, start = parser.parse_args(), time.perf_counter()
     if args.command == "score":
@@ -406,17 +421,18 @@ def main():
         ids = chosen(args)
         tags, reports, settings = data.voc_tags(args.voc, args.set), {}, {}
         tags = tags if all(i in tags for i in ids) else None
+        pictures = list(voc_samples(args.voc, ids[:20])) if args.panel else []
         for path in args.checkpoint:
             net, ckpt = infer.load_net(path, args.weights, args.device)
-            options = dict(classes=ckpt["classes"], dense=ckpt["dense"] if args.dense is None else args.dense, sides=infer.numbers(args.sides) or ckpt["sides"],
-                           bing=args.bing, mcg=args.mcg)
-            delta = ckpt["thresholds"]
+            dense, sides = ckpt["dense"] if args.dense is None else args.dense, args.sides or ckpt["sides"]
+            delta, classes = ckpt["thresholds"], ckpt["classes"]
             if args.oracle_thresholds:
                 fit = voc_samples(args.voc, data.voc_ids(args.voc, args.oracle_thresholds))
-                scenes = ((infer.Scene(image, None, args.bing, args.mcg and Path(args.mcg, f"{i}.mat")), m) for i, image, m in fit)
-                delta = fit_thresholds(net, scenes, options["dense"], options["sides"], shrink=1e-9)
-            report = ladder(net, voc_samples(args.voc, ids), delta=delta, tags=tags, form=args.ilp_form,
-                            forms=infer.ILP_FORMS if args.forms else (), priors=args.priors, **options)
+                scenes = ((infer.Scene(image, None, args.bing, args.mcg, i), mask) for i, image, mask in fit)
+                delta = fit_thresholds(net, scenes, dense, sides, shrink=1e-9)
+            report = ladder(net, voc_samples(args.voc, ids), classes, dense, sides, delta, args.bing, args.mcg,
+                            tags if classes == data.VOC_CLASSES else None, args.ilp_form, args.priors,
+                            infer.ILP_FORMS if args.forms else ())
             if args.oracle_thresholds:
                 print(f"ORACLE: bb and seg have thresholds fitted on the true masks of {args.oracle_thresholds}; "
                       "an upper bound, not a result")
@@ -425,7 +441,7 @@ def main():
             reports[path], settings[path] = report, ckpt["settings"]
             print_ladder(report)
             if args.panel:
-                infer.save_panel(args.panel, net, list(voc_samples(args.voc, ids[:20])), ckpt["classes"], options["dense"], options["sides"])
+                infer.save_panel(args.panel, net, pictures, classes, dense, sides)
         print(f"{len(ids) * len(reports) / (time.perf_counter() - start):.2f} images/s, most memory {memory(args.device):.2f} GB")
         if len(reports) > 1:
             print_runs(reports, settings)

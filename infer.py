@@ -66,8 +66,11 @@ def load_weights(net, trunk, path):
 
 
 def numbers(text):
-    """"512,256" -> [512, 256]."""
-    return [int(n) for n in text.split(",") if n]
+    """"512,256" -> [512, 256]. Raises ValueError where one is no positive number."""
+    found = [int(n) for n in text.split(",") if n]
+    if not all(n > 0 for n in found):
+        raise ValueError(f"{text}: expected numbers above 0, such as 288,432")
+    return found
 
 
 def build_net(s, classes, generator=None):
@@ -90,8 +93,8 @@ def load_net(path, weights=None, device="cpu"):
         missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
         ckpt["sides"], ckpt["dense"] = numbers(s["sides"]), int(s["dense"])
         dense_rows(net.rows, ckpt["dense"])
-        if not (0 < net.r < math.inf and all(n > 0 for n in ckpt["sides"])):
-            raise ValueError("r or sides out of their range")
+        if not 0 < net.r < math.inf:
+            raise ValueError("r out of its range")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, ArithmeticError) as e:
         raise InputError(f"{path}: its settings and tensors do not fit each other ({e}); train again") from e
     if unexpected or any(not k.startswith("trunk.") for k in missing):
@@ -587,11 +590,12 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
 class Scene:
     """One image and what the priors derive from it, each at most once. delta: prior -> thresholds (K,).
 
-    bing: folder of BING's model; mcg: file of MCG's candidates; where they are absent, our own hierarchy serves.
+    bing: folder of BING's model; mcg: folder of MCG's candidates, <name>.mat for this image; where they are absent, our own
+    hierarchy serves.
     """
 
-    def __init__(self, image, delta=None, bing=None, mcg=None):
-        self.image, self.delta, self.bing, self.mcg = image, delta or {}, bing, mcg
+    def __init__(self, image, delta=None, bing=None, mcg=None, name=""):
+        self.image, self.delta, self.bing, self.mcg = image, delta or {}, bing, mcg and Path(mcg, f"{name}.mat")
 
     regions = functools.cached_property(lambda self: superpixels(self.image))
     segments = functools.cached_property(lambda self: hierarchy(self.regions, self.image))
@@ -628,11 +632,6 @@ def rungs(p, q, scene, form="objects", priors=tuple(PRIORS)):
 
 # ---------------------------------------------------------------- pictures
 
-def font(size):
-    """Pillow's own scalable face."""
-    return ImageFont.load_default(size)
-
-
 def overlay(image, labels, alpha=0.6):
     """image (H, W, 3) uint8 under the palette's colours of labels (H, W); background stays clear."""
     colours = data.voc_palette()[labels]
@@ -650,7 +649,7 @@ def panel(rows, classes, width=150):
 
     rows: list of (list of (caption, picture), set of class indices). Returns a PIL image.
     """
-    face, caption_height, step = font(18), 24, 180
+    face, caption_height, step = ImageFont.load_default(18), 24, 180
     tall = lambda picture: min(max(1, round(picture.shape[0] * width / picture.shape[1])), 4 * width)
     heights = [max(tall(p) for _, p in cells) for cells, _ in rows]
     used = sorted(set().union(*[k for _, k in rows]))
@@ -739,7 +738,7 @@ def main():
             return
         file, image, p, q = predicted
         p = ilp(p, q, args.ilp_form) if args.ilp else p
-        scene = Scene(image, ckpt["thresholds"], args.bing, args.mcg and Path(args.mcg, f"{file.stem}.mat"))
+        scene = Scene(image, ckpt["thresholds"], args.bing, args.mcg, file.stem)
         labels = PRIORS[args.prior](p, scene)
         data.save_labels(out / f"{file.stem}.png", labels)
         if not args.voc:

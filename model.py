@@ -451,10 +451,10 @@ def main():
           f"{'head':>6} {'images/s':>9}")
     for name in [args.trunk] if args.trunk else TRUNKS:
         stride, field, p_trunk, p_head, f_trunk, f_head = summary(name)
-        net, size = Net(name).to(pick_device()).to(memory_format=torch.channels_last).eval(), TRUNKS[name].size
-        image = torch.zeros(1, 3, size, size, device=pick_device())
+        device, size = pick_device(), TRUNKS[name].size
+        net, image = Net(name).to(device).to(memory_format=torch.channels_last).eval(), torch.zeros(1, 3, size, size, device=device)
         with torch.no_grad():
-            speed = rate(lambda: net(image), pick_device(), 1.0)
+            speed = rate(lambda: net(image), device, 1.0)
         print(f"{name:14} {stride:6} {field:6} {p_trunk:17,} {p_head:16,} {f_trunk:13.2f} {f_head:6.2f} {speed:9.2f}")
     if args.trunk:
         describe(args.trunk)
