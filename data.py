@@ -94,16 +94,15 @@ def write_atomically(path, write):
 
 
 @contextlib.contextmanager
-def opened(path):
-    """PIL.Image.open whose many complaints, while opening or decoding, come as one InputError that names the file."""
+def reading(path, expected):
+    """Whatever goes wrong inside, while a file is read, becomes one InputError: the file, why, and what was expected."""
     try:
-        with Image.open(path) as image:
-            yield image
+        yield
     except InputError:
         raise
-    except Exception as e:                                # PIL's decoders raise many kinds on damaged files
-        why = getattr(e, "strerror", None) or str(e).replace(str(path), "it") or type(e).__name__
-        raise InputError(f"{path}: cannot read this image ({why}); leave it out, or save it again as JPEG or PNG") from e
+    except Exception as e:                                # decoders and parsers raise many kinds on damaged files
+        why = getattr(e, "strerror", None) or (str(e).replace(str(path), "it").strip().splitlines() or [type(e).__name__])[0]
+        raise InputError(f"{path}: {why[:200]}; expected {expected}") from e
 
 
 # ---------------------------------------------------------------- masks and the palette
@@ -120,7 +119,7 @@ def read_labels(path):
 
     Raises InputError for RGB, 16-bit, re-coloured palettes and unreadable files.
     """
-    with opened(path) as image:
+    with reading(path, "a whole label PNG"), Image.open(path) as image:
         if image.mode not in ("P", "L"):
             raise InputError(f"{path}: mode {image.mode}, but labels are palette or grey indices; save class indices")
         labels = np.asarray(image)
@@ -146,7 +145,7 @@ def load_image(path, near=None):
     near: a side in pixels that is enough; JPEGs are then decoded at a reduced size that is no smaller (faster).
     Raises InputError naming the file if it is not a whole image.
     """
-    with opened(path) as image:
+    with reading(path, "a whole image; leave it out, or save it again"), Image.open(path) as image:
         if near:
             image.draft("RGB", (near, near))
         image = ImageOps.exif_transpose(image)
