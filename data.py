@@ -101,8 +101,9 @@ def reading(path, expected):
     except InputError:
         raise
     except Exception as e:                                # decoders and parsers raise many kinds on damaged files
-        why = getattr(e, "strerror", None) or (str(e).replace(str(path), "it").strip().splitlines() or [type(e).__name__])[0]
-        raise InputError(f"{path}: {why[:200]}; expected {expected}") from e
+        why = getattr(e, "strerror", None) or str(e).replace(str(path), "it").partition("\n")[0]
+        why = why if 0 < len(why) < 160 else type(e).__name__            # torch's advice there is to execute the file
+        raise InputError(f"{path}: {why}; expected {expected}") from e
 
 
 # ---------------------------------------------------------------- masks and the palette

@@ -45,18 +45,17 @@ PAPER = {
 def confusion(truth, prediction, classes):
     """Joint histogram of one image, (K, K) int64; pixels whose truth is 255 (void) are left out.
 
-    truth, prediction: (H, W) uint8. Raises InputError where the sizes differ or an index is no class; a predicted
+    truth, prediction: (H, W) uint8. Raises ValueError where the sizes differ or an index is no class; a predicted
     index that is too large is an error even under void, as in the devkit.
     """
     if truth.shape != prediction.shape:
-        raise InputError(f"{prediction.shape[1]}x{prediction.shape[0]} pixels, but the truth has {truth.shape[1]}x"
-                         f"{truth.shape[0]}; nothing is resized: save labels at the photograph's size")
+        raise ValueError(f"{prediction.shape} pixels, but the truth has {truth.shape}; nothing is resized")
     if prediction.max(initial=0) >= classes:
-        raise InputError(f"holds index {prediction.max()}; every pixel must be labelled 0..{classes - 1}, 255 is not allowed")
+        raise ValueError(f"holds index {prediction.max()}; every pixel must be labelled 0..{classes - 1}, 255 is not allowed")
     truth, prediction = truth.ravel(), prediction.ravel()
     rows = np.bincount(truth.astype(np.intp) * classes + prediction, minlength=256 * classes).reshape(256, classes)
     if rows[classes:VOID].any():
-        raise InputError(f"its truth holds index {classes + rows[classes:VOID].any(1).argmax()}, beyond the {classes} classes")
+        raise ValueError(f"its truth holds index {classes + rows[classes:VOID].any(1).argmax()}, beyond the {classes} classes")
     return rows[:classes]
 
 
@@ -72,16 +71,16 @@ def summarise(matrix, classes, images):
 
     mean_iou_defined: over the classes_defined classes that occur; mean_accuracy: mean recall, Table 2's measure.
     """
-    iou, precision, recall = measures(matrix)
+    iou, precision, recall = ([None if math.isnan(v) else float(v) for v in values] for values in measures(matrix))
+    return dict(mean_iou=None if None in iou else mean_defined(iou), mean_iou_defined=mean_defined(iou),
+                classes_defined=len(classes) - iou.count(None), images=images, mean_accuracy=mean_defined(recall),
+                iou=dict(zip(classes, iou)), precision=dict(zip(classes, precision)), recall=dict(zip(classes, recall)))
 
-    def named(values):
-        return {name: None if math.isnan(v) else float(v) for name, v in zip(classes, values)}
 
-    def mean(values):
-        return float(np.nanmean(values)) if not np.isnan(values).all() else None
-    return dict(mean_iou=None if np.isnan(iou).any() else mean(iou), mean_iou_defined=mean(iou),
-                classes_defined=int((~np.isnan(iou)).sum()), images=images, mean_accuracy=mean(recall),
-                iou=named(iou), precision=named(precision), recall=named(recall))
+def mean_defined(values):
+    """Mean of the values that are not None; None where there are none."""
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
 
 
 def variants(matrices, void_matrices):
@@ -99,53 +98,44 @@ def variants(matrices, void_matrices):
 
 
 def compare(truth_path, prediction_path, classes, void_too=False):
-    """Confusion of two files, and with void_too a second one with void as background. InputError names the file."""
+    """Confusion of two files, and with void_too a second one with void as background."""
     truth, prediction = data.read_labels(truth_path), data.read_labels(prediction_path)
-    try:
+    with data.reading(prediction_path, "labels of the photograph's size"):
         return (confusion(truth, prediction, classes),
                 confusion(np.where(truth == VOID, 0, truth), prediction, classes) if void_too else 0)
-    except InputError as e:
-        raise InputError(f"{prediction_path}: {e}") from e
 
 
-def attempt(function, items, known=()):
-    """Map over items on all cores -> results; every InputError, and those known, are raised together as one."""
-    problems = []
+def attempt(function, items, problems=()):
+    """Map over items on all cores -> results; every InputError, and the problems known before, are raised together as one."""
+    problems, found = list(problems), []
 
     def safely(item):
         try:
             return function(item)
         except InputError as e:
-            problems.append(str(e))
+            found.append(str(e))
     with ThreadPoolExecutor() as pool:
         results = list(data.progress(pool.map(safely, items), "checked", len(items) or 1))
+    if found:
+        problems.append(f"{len(found)} of {len(items)} files cannot be used: " + "; ".join(sorted(found)))
     if problems:
-        known = [*known, f"{len(problems)} of {len(items)} files cannot be used: " + "; ".join(sorted(problems))]
-    if known:
-        raise InputError("; ".join(known))
+        raise InputError("; ".join(problems))
     return results
 
 
-def existing(folder, ids):
-    """Label files of these ids; raises InputError listing all that are missing."""
-    missing = [i for i in ids if not Path(folder, f"{i}.png").is_file()]
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} of {len(ids)} label files are missing: {', '.join(missing[:20])}"
-                         f"{' ...' if len(missing) > 20 else ''}; run infer.py on the whole set")
-    return [Path(folder, f"{i}.png") for i in ids]
+def missing(folder, ids):
+    """[one line that lists the ids whose label file is not there], or []."""
+    gone = [i for i in ids if not Path(folder, f"{i}.png").is_file()]
+    return [f"{folder}: {len(gone)} of {len(ids)} label files are missing: {', '.join(gone[:20])}"
+            f"{' ...' if len(gone) > 20 else ''}; run infer.py on the whole set"] if gone else []
 
 
 def score(folder, voc, name, classes, void_too=False):
     """Score a folder of label PNGs against a set's truth: (confusions of single images, those with void counted)."""
-    ids, known = data.voc_ids(voc, name), []
-    try:
-        existing(folder, ids)
-    except InputError as e:                               # go on with the others, to list all problems at once
-        known.append(str(e))
+    ids = data.voc_ids(voc, name)
     files = [(Path(voc, "SegmentationClass", f"{i}.png"), Path(folder, f"{i}.png")) for i in ids]
-    files = [pair for pair in files if pair[1].is_file()]
-    pairs = attempt(lambda pair: compare(*pair, len(classes), void_too), files, known)
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    files = [pair for pair in files if pair[1].is_file()]                       # go on, to list all problems at once
+    return list(zip(*attempt(lambda pair: compare(*pair, len(classes), void_too), files, missing(folder, ids))))
 
 
 def print_score(report, matrix, classes):
@@ -173,31 +163,24 @@ def average_precision(scores, present):
     return 100 * float(precision[hits].mean()) if hits.any() else None
 
 
-def mean_defined(values):
-    """Mean of the values that are not None; None where there are none."""
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
-
-
-def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=None, tags=None, form="objects",
-           priors=tuple(infer.PRIORS), forms=()):
+def ladder(net, samples, delta=None, bing=None, mcg=None, tags=None, form="objects", priors=tuple(infer.PRIORS), forms=()):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples: a JSON-ready dict.
 
     delta: thresholds per prior, as in a checkpoint; bing, mcg: folders, see infer.Scene; tags: {name: (classes present, only
     difficult)}, gives the average precision of the image scores; form: Eq. 7's; forms: more of them, a row each.
     """
     def network(sample):
-        return *sample, *infer.predict(net, sample[1], dense, sides)
+        return *sample, *infer.predict(net, sample[1])
 
     def labelled(predicted):
         name, image, truth, p, q = predicted
-        scene = infer.Scene(image, delta, bing, mcg, name)
-        rows = infer.rungs(p, q, scene, form, priors) | {f"ilp {f}": infer.ilp(p, q, f).argmax(0) for f in forms}
-        try:
-            return name, q, {row: confusion(truth, labels.astype(np.uint8), len(classes)) for row, labels in rows.items()}
-        except InputError as e:
-            raise InputError(f"{name}: {e}") from e
-    matrices, scores = {}, {}
+        scene, weighed = infer.Scene(image, delta, bing, mcg, name), infer.ilp(p, q, form)
+        rows = {"base": p.argmax(0)}
+        rows |= {"ilp" if prior == "none" else f"ilp+{prior}": infer.PRIORS[prior](weighed, scene) for prior in priors}
+        rows |= {f"ilp {form}": infer.ilp(p, q, form).argmax(0) for form in forms}
+        with data.reading(name, "a mask of the photograph's size and of the checkpoint's classes"):
+            return name, q, {row: confusion(truth, x.astype(np.uint8), len(classes)) for row, x in rows.items()}
+    matrices, scores, classes = {}, {}, net.classes
     for name, q, counts in infer.overlapped(network, labelled, samples):
         scores[name] = q
         for row, matrix in counts.items():
@@ -213,7 +196,7 @@ def ladder(net, samples, classes, dense=1, sides=(), delta=None, bing=None, mcg=
     return report
 
 
-def fit_thresholds(net, samples, dense=1, sides=(), shrink=3, steps=1000):
+def fit_thresholds(net, samples, shrink=3, steps=1000):
     """delta per prior, {"bb": K floats, "seg": K floats}: each class's best IoU with the labels of some images.
 
     samples: iterable of (Scene, labels). labels: tags (K,) of 0/1, from which the net makes labels itself (`refine` of its
@@ -222,7 +205,7 @@ def fit_thresholds(net, samples, dense=1, sides=(), shrink=3, steps=1000):
     """
     counts, pixels, images = {"bb": 0, "seg": 0}, 0, 0
     for scene, labels in samples:
-        p, q = infer.predict(net, scene.image, dense, sides)
+        p, q = infer.predict(net, scene.image)
         K, labels = len(p), np.asarray(labels)
         if labels.ndim == 1:
             tagged = (labels > 0) | (np.arange(K) == 0)
@@ -269,7 +252,8 @@ def print_runs(reports, settings):
     reports, settings: {checkpoint: report of `ladder`}, {checkpoint: settings of its run}.
     """
     every, groups = list(settings.values()), {}
-    differ = [k for k in every[0] if k not in ("seed", "out", "cache", "weights") and any(s.get(k) != every[0][k] for s in every)]
+    same = ("seed", "out", "cache", "weights")
+    differ = [k for k in every[0] if k not in same and any(s.get(k) != every[0][k] for s in every)]
     for path, report in reports.items():
         values = [*(r["mean_iou_defined"] for r in report["rows"].values()), report.get("mean_average_precision") or math.nan]
         groups.setdefault(", ".join(f"{k} {settings[path].get(k)}" for k in differ) or "all", []).append(values)
@@ -280,19 +264,22 @@ def print_runs(reports, settings):
         print(f"{name:{width}} {len(rows):4} " + " ".join(f"{cell:>18}" for cell in cells))
 
 
-def chosen(args):
-    """Ids of --set, --limit of them spread over it. Raises InputError."""
-    ids = data.voc_ids(args.voc, args.set)
-    if args.limit < 0:
-        raise InputError(f"--limit {args.limit}: expected 0 or more")
-    return [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, args.limit).astype(int)))] if args.limit else ids
+def voc_samples(voc, name, limit=0):
+    """[(id, photograph's path, truth's path)] of a VOC set, or of `limit` images spread over it."""
+    ids = data.voc_ids(voc, name)
+    if limit < 0:
+        raise InputError(f"--limit {limit}: expected 0 or more")
+    ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, limit).astype(int)))] if limit else ids
+    truth = Path(voc, "SegmentationClass")
+    if missing(truth, ids):
+        raise InputError(missing(truth, ids)[0])
+    return [(i, Path(voc, "JPEGImages", f"{i}.jpg"), truth / f"{i}.png") for i in ids]
 
 
-def voc_samples(voc, ids):
-    """Yield (id, image, truth) of a VOC set."""
-    truths = existing(Path(voc, "SegmentationClass"), ids)
-    for i, truth in data.progress(list(zip(ids, truths)), "scored"):
-        yield i, data.load_image(Path(voc, "JPEGImages", f"{i}.jpg")), data.read_labels(truth)
+def loaded(samples):
+    """Yield (id, image, truth) of `voc_samples`."""
+    for i, image, truth in data.progress(samples, "images"):
+        yield i, data.load_image(image), data.read_labels(truth)
 
 
 def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
@@ -334,7 +321,9 @@ def submit(folder, voc, name, out):
         if labels.max() >= len(data.VOC_CLASSES):
             raise InputError(f"{path}: holds index {labels.max()}; every pixel must be labelled 0..20")
         return i, path.read_bytes()
-    files = attempt(check, list(zip(ids, existing(folder, ids))))
+    if missing(folder, ids):
+        raise InputError(missing(folder, ids)[0])
+    files = attempt(check, [(i, Path(folder, f"{i}.png")) for i in ids])
 
     def pack(file):
         with tarfile.open(fileobj=file, mode="w:gz") as tar:
@@ -352,10 +341,7 @@ def read_classes(path):
         return data.VOC_CLASSES
     if Path(path).suffix == ".pt":
         return infer.read_checkpoint(path)["classes"]
-    try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not a text file; expected one class name a line, background first") from e
+    names = data.read_lines(path, "one class name a line, background first")
     if not 2 <= len(names) <= VOID or len(set(names)) != len(names):
         raise InputError(f"{path}: {len(names)} class names; expected 2 to {VOID} different ones, one a line")
     return names
@@ -366,96 +352,97 @@ def write_json(path, report):
         data.write_atomically(path, lambda file: file.write(json.dumps(report, indent=1).encode()))
 
 
+def run_score(args):
+    classes, start = read_classes(args.classes), time.perf_counter()
+    matrices, with_void = score(args.folder, args.voc, args.set, classes, args.variants)
+    report = summarise(sum(matrices), classes, len(matrices))
+    print_score(report, sum(matrices), classes)
+    print(f"{len(matrices) / (time.perf_counter() - start):.0f} images/s")
+    if args.variants:
+        report["variants"] = variants(matrices, with_void)
+        print("\nvariants: NOT VOC's measure, for comparison with papers that used them")
+        for name, value in report["variants"].items():
+            print(f"{value:7.2f}  {name}")
+    write_json(args.json, report)
+
+
+def run_ladder(args):
+    samples, tags = voc_samples(args.voc, args.set, args.limit), data.voc_tags(args.voc, args.set)
+    reports, settings, start = {}, {}, time.perf_counter()
+    for path in args.checkpoint:
+        net, ckpt = infer.load_net(path, args.weights, args.device, args.dense, args.sides)
+        known = tags if net.classes == data.VOC_CLASSES and all(i in tags for i, _, _ in samples) else None
+        delta, oracle = ckpt["thresholds"], args.oracle_thresholds
+        if oracle:
+            scenes = ((infer.Scene(image, None, args.bing, args.mcg, i), mask)
+                      for i, image, mask in loaded(voc_samples(args.voc, oracle)))
+            delta = fit_thresholds(net, scenes, shrink=1e-9)
+        report = ladder(net, loaded(samples), delta, args.bing, args.mcg, known, args.ilp_form, args.priors,
+                        infer.ILP_FORMS if args.forms else ())
+        if oracle:
+            report["oracle"] = f"thresholds of bb and seg fitted on the true masks of {oracle}: an upper bound, not a result"
+            print(f"ORACLE: {report['oracle']}")
+            report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
+        reports[path], settings[path] = report, ckpt["settings"]
+        print_ladder(report)
+        if args.panel:
+            infer.save_panel(args.panel, net, loaded(samples[:20]))
+    print(f"{len(samples) * len(reports) / (time.perf_counter() - start):.2f} images/s, "
+          f"most memory {memory(args.device):.2f} GB")
+    if len(reports) > 1:
+        print_runs(reports, settings)
+    write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)
+
+
+def run_proposals(args):
+    matrix, objects = proposals(loaded(voc_samples(args.voc, args.set, args.limit)), args.bing)
+    print(f"superpixels with their most frequent true label: {100 * np.trace(matrix) / matrix.sum():.1f} % of the pixels, "
+          f"mean IoU {np.nanmean(measures(matrix)[0]):.1f}")
+    for area in (100, 400, 1000, 4000):
+        best = objects[objects[:, 0] >= area, 1]
+        print(f"objects of {area} pixels or more: {100 * (best >= 0.5).sum() / max(1, len(best)):.1f} % of {len(best)} "
+              "in a box of IoU 0.5")
+
+
+def run_submit(args):
+    print(f"{args.out}: {submit(args.folder, args.voc, args.set, args.out)} label maps; upload as comp6")
+
+
 def main():
     parser = data.Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{score,ladder,submit,proposals}")
-    for name, what, text in (("score", "folder", "IoU of a folder of label PNGs"),
-                             ("ladder", "checkpoint", "every prior, from a checkpoint"),
-                             ("submit", "folder", "pack label PNGs for the evaluation server"),
-                             ("proposals", "", "what superpixels and boxes could reach at best, from the TRUE MASKS")):
-        sub = commands.add_parser(name, help=text, description=text)
-        if name == "ladder":
-            sub.add_argument(what, nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
-        elif what:
-            sub.add_argument(what, help="<image id>.png of every image, as infer.py writes them")
+    commands = parser.add_subparsers(required=True, metavar="{score,ladder,submit,proposals}")
+
+    def command(run, text, set="val"):
+        sub = commands.add_parser(run.__name__[4:], help=text, description=text)
+        sub.set_defaults(run=run)
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
-        sub.add_argument("--set", default="test" if name == "submit" else "val", help="its set [%(default)s]")
-        if name == "submit":
-            sub.add_argument("--out", required=True, metavar="FILE.tgz")
-            continue
-        if name == "proposals":
-            sub.add_argument("--limit", type=int, default=0, metavar="N", help="use N images spread over the set")
-            sub.add_argument("--bing", metavar="DIR", help="BING's model [boxes around our own segments]")
-            continue
-        sub.add_argument("--json", metavar="FILE", help="also write the numbers here")
-        if name == "score":
-            sub.add_argument("--classes", metavar="FILE", help="class names, one a line, or a checkpoint [VOC's]")
-            sub.add_argument("--variants", action="store_true", help="also the means that others report, not VOC's")
-        else:
-            sub.add_argument("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint lacks them")
-            sub.add_argument("--limit", type=int, default=0, metavar="N", help="score N images spread over the set")
-            sub.add_argument("--bing", metavar="DIR", help="BING's model for +bb [boxes around our own segments]")
-            sub.add_argument("--mcg", metavar="DIR", help="MCG's <image>.mat candidates for +seg [our own hierarchy]")
-            sub.add_argument("--ilp-form", choices=list(infer.ILP_FORMS), default="objects", help="what Eq. 7 multiplies [objects]")
-            sub.add_argument("--panel", metavar="FILE", help="also draw the first 20 images, with truth, labels and score maps")
-            sub.add_argument("--forms", action="store_true", help="also a row for every form of Eq. 7")
-            sub.add_argument("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")
-            sub.add_argument("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
-            sub.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
-            sub.add_argument("--sides", type=infer.numbers, metavar="N,N", help="images are brought to side*side pixels, e.g. 288,432 [the checkpoint's]")
-            sub.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps [auto]")
-    args, start = parser.parse_args(), time.perf_counter()
-    if args.command == "score":
-        classes = read_classes(args.classes)
-        matrices, with_void = score(args.folder, args.voc, args.set, classes, args.variants)
-        report = summarise(sum(matrices), classes, len(matrices))
-        print_score(report, sum(matrices), classes)
-        print(f"{len(matrices) / (time.perf_counter() - start):.0f} images/s")
-        if args.variants:
-            report["variants"] = variants(matrices, with_void)
-            print("\nvariants: NOT VOC's measure, for comparison with papers that used them")
-            for name, value in report["variants"].items():
-                print(f"{value:7.2f}  {name}")
-        write_json(args.json, report)
-    elif args.command == "ladder":
-        ids = chosen(args)
-        tags, reports, settings = data.voc_tags(args.voc, args.set), {}, {}
-        tags = tags if all(i in tags for i in ids) else None
-        pictures = list(voc_samples(args.voc, ids[:20])) if args.panel else []
-        for path in args.checkpoint:
-            net, ckpt = infer.load_net(path, args.weights, args.device)
-            dense, sides = ckpt["dense"] if args.dense is None else args.dense, args.sides or ckpt["sides"]
-            delta, classes = ckpt["thresholds"], ckpt["classes"]
-            if args.oracle_thresholds:
-                fit = voc_samples(args.voc, data.voc_ids(args.voc, args.oracle_thresholds))
-                scenes = ((infer.Scene(image, None, args.bing, args.mcg, i), mask) for i, image, mask in fit)
-                delta = fit_thresholds(net, scenes, dense, sides, shrink=1e-9)
-            report = ladder(net, voc_samples(args.voc, ids), classes, dense, sides, delta, args.bing, args.mcg,
-                            tags if classes == data.VOC_CLASSES else None, args.ilp_form, args.priors,
-                            infer.ILP_FORMS if args.forms else ())
-            if args.oracle_thresholds:
-                print(f"ORACLE: bb and seg have thresholds fitted on the true masks of {args.oracle_thresholds}; "
-                      "an upper bound, not a result")
-                report["oracle"] = f"thresholds of bb and seg fitted on the masks of {args.oracle_thresholds}"
-                report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
-            reports[path], settings[path] = report, ckpt["settings"]
-            print_ladder(report)
-            if args.panel:
-                infer.save_panel(args.panel, net, pictures, classes, dense, sides)
-        print(f"{len(ids) * len(reports) / (time.perf_counter() - start):.2f} images/s, most memory {memory(args.device):.2f} GB")
-        if len(reports) > 1:
-            print_runs(reports, settings)
-        write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)
-    elif args.command == "proposals":
-        matrix, objects = proposals(voc_samples(args.voc, chosen(args)), args.bing)
-        print(f"superpixels with their most frequent true label: {100 * np.trace(matrix) / matrix.sum():.1f} % of the pixels, "
-              f"mean IoU {np.nanmean(measures(matrix)[0]):.1f}")
-        for area in (100, 400, 1000, 4000):
-            best = objects[objects[:, 0] >= area, 1]
-            share = 100 * (best >= 0.5).sum() / max(1, len(best))
-            print(f"objects of {area} pixels or more: {share:.1f} % of {len(best)} in a box of IoU 0.5")
-    else:
-        print(f"{args.out}: {submit(args.folder, args.voc, args.set, args.out)} label maps; upload as comp6")
+        sub.add_argument("--set", default=set, help="its set [%(default)s]")
+        return sub.add_argument
+    add = command(run_score, "IoU of a folder of label PNGs")
+    add("folder", help="<image id>.png of every image, as infer.py writes them")
+    add("--json", metavar="FILE", help="also write the numbers here")
+    add("--classes", metavar="FILE", help="class names, one a line, or a checkpoint [VOC's]")
+    add("--variants", action="store_true", help="also the means that others report, not VOC's")
+
+    add = command(run_ladder, "every prior, from a checkpoint")
+    add("checkpoint", nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
+    add("--json", metavar="FILE", help="also write the numbers here")
+    add("--limit", type=int, default=0, metavar="N", help="score N images spread over the set [all]")
+    add("--forms", action="store_true", help="also a row for every form of Eq. 7")
+    add("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")
+    add("--sides", type=infer.numbers, metavar="N,N", help="images are brought to side*side pixels, e.g. 288,432")
+    add("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
+    infer.add_options(add)
+
+    add = command(run_submit, "pack label PNGs for the evaluation server", "test")
+    add("folder", help="<image id>.png of every image, as infer.py writes them")
+    add("--out", required=True, metavar="FILE.tgz")
+
+    add = command(run_proposals, "what superpixels and boxes could reach at best, from the TRUE MASKS")
+    add("--limit", type=int, default=0, metavar="N", help="use N images spread over the set [all]")
+    add("--bing", metavar="DIR", help="BING's model [boxes around our own segments]")
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import gzip
 import math
 import re
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,73 +34,67 @@ from model import Net, dense_rows, load_trunk, memory, peak_bytes, pick_device, 
 # ---------------------------------------------------------------- checkpoints
 
 def read_checkpoint(path):
-    """A checkpoint of train.py as a dict of plain values. Raises InputError; never executes code from the file."""
+    """A checkpoint of train.py as a dict of plain values; never executes code from the file."""
     kinds = dict(format=int, step=int, settings=dict, classes=list, model=dict, thresholds=dict, optimizer=dict, pending=list)
-    try:
+    with data.reading(path, "a checkpoint of train.py"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = [k for k, kind in kinds.items() if not isinstance(ckpt.get(k), kind)]
-        if not wrong and ckpt["format"] == 1:
-            names, delta = ckpt["classes"], ckpt["thresholds"]
-            wrong += ["classes"] * (not 2 <= len(set(names)) == len(names) < 256 or {type(n) for n in names} != {str})
-            wrong += ["thresholds"] * any(not np.isfinite(np.array(delta[k], float)).all() or len(delta[k]) != len(names)
-                                          for k in delta)
-            wrong += ["pending"] * (not all(isinstance(x, float) for x in ckpt["pending"]))
-    except Exception as e:                                # torch raises many kinds on damaged files
-        if isinstance(e, OSError) and e.filename:
-            raise
-        raise InputError(f"{path}: not a checkpoint of train.py, or a damaged one ({type(e).__name__}); train again") from e
-    if wrong:
-        raise InputError(f"{path}: not a checkpoint of train.py, or a damaged one ({', '.join(wrong)}); train again")
-    if ckpt["format"] != 1:
-        raise InputError(f"{path}: a checkpoint of format {ckpt['format']}; expected 1: use the code that wrote it")
+        if not isinstance(ckpt, dict):
+            raise ValueError(f"holds a {type(ckpt).__name__}")
+        names, delta = ckpt["classes"], [np.array(values, float) for values in ckpt["thresholds"].values()]
+        wrong = [key for key, kind in kinds.items() if not isinstance(ckpt[key], kind)]
+        wrong += ["format"] * (ckpt["format"] != 1) + ["pending"] * (not all(isinstance(x, float) for x in ckpt["pending"]))
+        wrong += ["classes"] * (not 2 <= len(set(names)) == len(names) < 256 or {type(name) for name in names} != {str})
+        wrong += ["thresholds"] * any(values.shape != (len(names),) or not np.isfinite(values).all() for values in delta)
+        if wrong:
+            raise ValueError(f"damaged: {', '.join(wrong)}")
     return ckpt
 
 
-def load_weights(net, trunk, path):
-    """model.load_trunk, with its complaints as InputError."""
+def checked(function, *arguments):
+    """Call one of model.py's functions; its ValueError, which the user can mend, becomes an InputError."""
     try:
-        load_trunk(net, trunk, path or None)
+        return function(*arguments)
     except ValueError as e:
         raise InputError(e) from e
 
 
 def numbers(text):
     """"512,256" -> [512, 256]. Raises ValueError where one is no positive number."""
-    found = [int(n) for n in text.split(",") if n]
-    if not all(n > 0 for n in found):
-        raise ValueError(f"{text}: expected numbers above 0, such as 288,432")
+    found = [int(n) for n in text.split(",")] if text != "" else []
+    if not all(0 < n < 100_000 for n in found):
+        raise ValueError(f"{text}: expected numbers from 1 to 99,999, such as 288,432")
     return found
 
 
 def build_net(s, classes, generator=None):
-    """The Net of a run's settings (a dict)."""
-    net = Net(s["trunk"], classes, numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], float(s["r"]),
+    """The Net of a run's settings (a dict), with what `predict` needs to know: classes, amp, cam, grid, sides."""
+    net = Net(s["trunk"], len(classes), numbers(s["head"]) or None, numbers(s["kernel"]), s["aggregation"], float(s["r"]),
               float(s["dropout"]), s["train_convs"], generator)
-    net.amp = bool(s["amp"])                               # what was trained in bfloat16 also runs in it
+    net.classes, net.amp = classes, bool(s["amp"])         # what was trained in bfloat16 also runs in it
+    net.grid, net.sides = int(s["dense"]), numbers(s["sides"])
     net.cam = s["loss"] == "sigmoid" and not s["self_steps"] and not s["masks"]
+    dense_rows(net.rows, net.grid)                         # raises ValueError where it does not divide the stride
     return net
 
 
-def load_net(path, weights=None, device="cpu"):
-    """(net in eval mode on the device, checkpoint). weights: the public trunk's file, where the checkpoint lacks it."""
+def load_net(path, weights=None, device="cpu", dense=None, sides=None):
+    """(net in eval mode on the device, checkpoint).
+
+    weights: the public trunk's file, where the checkpoint lacks it; dense, sides: in the place of the run's own.
+    """
     ckpt = read_checkpoint(path)
-    try:
-        s = ckpt["settings"]
-        net = build_net(s, len(ckpt["classes"]))
-        if not all(x.is_floating_point() and x.isfinite().all() for x in ckpt["model"].values()):
+    with data.reading(path, "settings and tensors that fit each other; train again"):
+        net = build_net(ckpt["settings"], ckpt["classes"])
+        if not 0 < net.r < math.inf or not all(x.is_floating_point() and x.isfinite().all() for x in ckpt["model"].values()):
             raise ValueError("NaN, Inf or no real numbers")
         missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
-        ckpt["sides"], ckpt["dense"] = numbers(s["sides"]), int(s["dense"])
-        dense_rows(net.rows, ckpt["dense"])
-        if not 0 < net.r < math.inf:
-            raise ValueError("r out of its range")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, ArithmeticError) as e:
-        raise InputError(f"{path}: its settings and tensors do not fit each other ({e}); train again") from e
-    if unexpected or any(not k.startswith("trunk.") for k in missing):
-        raise InputError(f"{path}: its tensors do not fit its settings ({(missing + unexpected)[0]}); train again")
+        if unexpected or any(not k.startswith("trunk.") for k in missing):
+            raise ValueError(f"{(missing + unexpected)[0]} is missing or too much")
     if missing:
-        load_weights(net, s["trunk"], weights or s["weights"])
+        checked(load_trunk, net, ckpt["settings"]["trunk"], weights or ckpt["settings"]["weights"])
         net.load_state_dict(ckpt["model"], strict=False)              # trained trunk layers win over the public ones
+    net.grid, net.sides = net.grid if dense is None else dense, sides or net.sides
+    checked(dense_rows, net.rows, net.grid)
     return net.to(device).to(memory_format=torch.channels_last).eval(), ckpt
 
 
@@ -110,38 +103,29 @@ def load_net(path, weights=None, device="cpu"):
 MAX_BYTES = 16e9                                           # of activations at a time; more is refused, with the estimate
 
 
-def check_dense(net, dense):
-    """model.dense_rows of the net, with its complaint as InputError."""
-    try:
-        return dense_rows(net.rows, dense)
-    except ValueError as e:
-        raise InputError(f"--{e}") from e
-
-
 @torch.no_grad()
-def predict(net, image, dense=1, sides=()):
-    """Probabilities of one image: p (K, H, W), Eq. 2 at every pixel, and q (K,), Eq. 2 of the aggregated scores.
+def predict(net, image):
+    """Probabilities of one image (H, W, 3) uint8: p (K, H, W), Eq. 2 at every pixel, q (K,), Eq. 2 of the aggregated scores.
 
-    image (H, W, 3) uint8. dense: grid so many times finer than the stride. sides: the net sees the image resized to each
-    of these areas, side x side pixels (none: as it is), and scores are averaged. Returns float32 arrays. A net trained on tags
-    with sigmoids gives class activation maps (Zhou et al., CVPR 2016) for p, each divided by its maximum, background 0.3.
-    Raises InputError where dense does not divide the stride, or memory would not do.
+    net: from `load_net`. It sees the image resized to each area side x side of net.sides (none: as it is), on a grid net.grid
+    times finer than its stride, and scores are averaged. With net.cam p is class activation maps (Zhou et al., CVPR 2016),
+    each divided by its maximum, background 0.3. Raises InputError where memory would not do.
     """
-    rows = check_dense(net, dense)
+    rows, sides = dense_rows(net.rows, net.grid), net.sides or [None]
     x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(next(net.parameters()).device).float()     # (1, 3, H, W)
     total, image_scores = 0, 0
-    for side in sides or (None,):
+    for side in sides:
         zoom = side / math.sqrt(image.shape[0] * image.shape[1]) if side else 1
         size = tuple(max(1, round(n * zoom)) for n in image.shape[:2])
-        need = peak_bytes(rows, *size) + 8 * net.head_rows[-1].out * image.shape[0] * image.shape[1]
+        need = peak_bytes(rows, *size) + 8 * len(net.classes) * image.shape[0] * image.shape[1]
         if need > MAX_BYTES:
-            raise InputError(f"{size[1]}x{size[0]} pixels with --dense {dense} would take about {need / 1e9:.0f} GB; "
+            raise InputError(f"{size[1]}x{size[0]} pixels with --dense {net.grid} would take about {need / 1e9:.0f} GB; "
                              "reduce the photograph or --dense")
         seen = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False) if side else x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=net.amp):
-            scores, step, offset = net.dense(seen, dense)                            # (1, K, h, w)
-        image_scores = image_scores + net.aggregate(scores)[0] / max(1, len(sides))
-        total = total + upsample(scores, image.shape[:2], step, offset, size)[0] / max(1, len(sides))
+            scores, step, offset = net.dense(seen, net.grid)                         # (1, K, h, w)
+        image_scores = image_scores + net.aggregate(scores)[0] / len(sides)
+        total = total + upsample(scores, image.shape[:2], step, offset, size)[0] / len(sides)
     p, q = total.softmax(0), image_scores.softmax(0)
     if net.cam:
         p, q = F.relu(total), image_scores.sigmoid()
@@ -193,12 +177,13 @@ def _grid_edges(planes):
     return edges
 
 
-def _not_heaviest(right, down, diag, anti):
+def _not_heaviest(edges):
     """Masks of the edges that are not the heaviest of a triangle of pixels (ties: the later edge counts as heavier).
 
     Such a heaviest edge is never the lightest one leaving a set of pixels, so `superpixels` need not look at it.
     """
-    keep = [np.ones(c.shape, bool) for c in (right, down, diag, anti)]
+    right, down, diag, anti = costs = [cost for cost, _, _ in edges]
+    keep = [np.ones(cost.shape, bool) for cost in costs]
     head, tail, every = slice(None, -1), slice(1, None), slice(None)
     triangles = (diag, 2, head, tail), (diag, 2, tail, head), (anti, 3, head, head), (anti, 3, tail, tail)
     for s, slope, row, col in triangles:
@@ -209,16 +194,18 @@ def _not_heaviest(right, down, diag, anti):
     return keep
 
 
-def _lightest(a, b, n):
-    """Indices of the edges a-b (sorted by cost, between n nodes) but for repeats of a pair, and for loops.
+def _sorted_edges(parts):
+    """Parts (a, b, cost) of a list of edges a-b -> the three arrays of all, by rising cost (equal ones in their order)."""
+    a, b, w = (np.concatenate(x) for x in zip(*parts))
+    order = np.argsort(w, kind="stable")
+    return a[order], b[order], w[order]
 
-    Repeats are found in a table of one slot per residue; where two pairs share a slot a repeat may stay, which is harmless.
-    """
-    key, every = np.minimum(a, b).astype(np.int64) * n + np.maximum(a, b), np.arange(len(a))
-    slot, first = key % 1_048_573, np.empty(1_048_573, np.int64)            # a prime below 2**20
-    first[slot[::-1]] = every[::-1]                                         # the first of a slot is written last
-    first = first[slot]
-    return np.flatnonzero(((first == every) | (key[first] != key)) & (a != b))
+
+def _lightest(a, b):
+    """Indices of the edges a-b, which are sorted by cost, without loops and without later edges between the same two nodes."""
+    low, high = np.minimum(a, b).astype(np.int64), np.maximum(a, b)
+    first = np.sort(np.unique(low << 32 | high, return_index=True)[1])
+    return first[a[first] != b[first]]
 
 
 def _roots(parent):
@@ -246,26 +233,19 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
     planes = np.stack([ndimage.gaussian_filter(c, sigma) for c in np.moveaxis(image / 255.0, 2, 0)])    # (3, H, W)
     edges = _grid_edges(planes)
 
-    # Bulk: rounds of mutually lightest edges.
+    # Bulk: rounds of mutually lightest edges. Edges are sorted by cost, so that a node's lightest is its first.
     n = H * W
     labels = np.arange(n).reshape(H, W)
     size, inner = np.ones(n), np.zeros(n)                                   # |C| and Int(C)
-    keep = _not_heaviest(*[c for c, _, _ in edges])
-    a, b, w = (np.concatenate(x) for x in zip(*[(labels[p][m], labels[q][m], c[m])
-                                                for (c, p, q), m in zip(edges, keep)]))
+    a, b, w = _sorted_edges([(labels[p][m], labels[q][m], c[m]) for (c, p, q), m in zip(edges, _not_heaviest(edges))])
     for _ in range(rounds):
-        low = np.full(n, np.inf)
-        np.minimum.at(low, a, w)
-        np.minimum.at(low, b, w)
-        at_a, at_b, first = w == low[a], w == low[b], np.full((2, n), len(w))
-        for f, x, at in ((first[0], a, at_a), (first[1], b, at_b)):
-            i = np.flatnonzero(at)[::-1]
-            f[x[i]] = i                                                     # the first of equals is written last
-        first, e = first.min(0), np.flatnonzero(at_a & at_b)                # lightest edge of a node; candidates
-        i, j, limit = a[e], b[e], inner + k / size
-        join = (first[i] == e) & (first[j] == e) & (w[e] < limit[i]) & (w[e] < limit[j])
-        e, i, j = e[join], i[join], j[join]
-        root, inner[i] = np.ones(n, bool), w[e]
+        every, first = np.arange(len(w)), np.full((2, n), len(w))
+        first[0, a[::-1]] = first[1, b[::-1]] = every[::-1]                 # the first is written last
+        first = first.min(0)
+        e = np.flatnonzero((first[a] == every) & (first[b] == every))
+        e = e[w[e] < (inner + k / size)[[a[e], b[e]]].min(0)]
+        i, j, root = a[e], b[e], np.ones(n, bool)
+        inner[i] = w[e]
         size[i] += size[j]
         root[j] = False
         new = np.cumsum(root) - 1
@@ -276,11 +256,8 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
         a, b, w = a[live], b[live], w[live]
 
     # The rest, one by one: all edges again, the lightest between each two segments.
-    a, b, w = (np.concatenate(x) for x in zip(*[(labels[p][m], labels[q][m], c[m]) for c, p, q in edges
-                                                for m in [labels[p] != labels[q]]]))
-    order = np.argsort(w, kind="stable")
-    a, b, w = a[order], b[order], w[order]
-    keep = _lightest(a, b, n)
+    a, b, w = _sorted_edges([(labels[p][m], labels[q][m], c[m]) for c, p, q in edges for m in [labels[p] != labels[q]]])
+    keep = _lightest(a, b)
     a, b, w = a[keep], b[keep], w[keep]
     parent, limit, count = list(range(n)), (inner + k / size).tolist(), size.tolist()
     for i, j, cost in zip(a.tolist(), b.tolist(), w.tolist()):
@@ -295,7 +272,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
             count[i] += count[j]
             limit[i] = cost + k / count[i]
     a, b = (_roots(parent)[x] for x in (a, b))
-    keep = _lightest(a, b, n)
+    keep = _lightest(a, b)
     for i, j in zip(a[keep].tolist(), b[keep].tolist()):                    # too small: join across the lightest edge
         while i != parent[i]:
             i = parent[i]
@@ -305,10 +282,9 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
             parent[j] = i
             count[i] += count[j]
     labels = _roots(parent)[labels].ravel()
-    first, rank = np.full(n, H * W), np.empty(n, np.int32)
+    first = np.full(n, H * W)
     first[labels[::-1]] = np.arange(H * W)[::-1]                            # a segment's first pixel
-    rank[np.argsort(first)] = np.arange(n)
-    return rank[labels].reshape(H, W)
+    return first.argsort().argsort().astype(np.int32)[labels].reshape(H, W)
 
 
 # ---------------------------------------------------------------- proposals: our hierarchy, BING's boxes, MCG's file
@@ -358,15 +334,14 @@ def cover_score(scores, shape, boxes=None, segments=None, labels=None):
     one = np.stack([scores, np.ones(len(scores))]).astype(np.float64)       # (2, N): sums of scores, and how many
     if boxes is None:
         total = one @ segments                                              # (2, S)
-        return np.divide(total[0], total[1], out=np.zeros(total.shape[1]), where=total[1] > 0).astype(np.float32)[labels]
-    (H, W), edge = shape, np.zeros((2, shape[0] + 1, shape[1] + 1))
-    x0, y0, x1, y1 = np.clip(np.round(np.asarray(boxes).T), 0, [[W], [H], [W], [H]]).astype(int)
-    for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
-        for plane, value in zip(edge, one):
-            np.add.at(plane, (y, x), sign * value)
-    total = edge.cumsum(1).cumsum(2)[:, :H, :W]
-    covered = total[1] > 0.5
-    return np.divide(total[0], total[1], out=np.zeros((H, W)), where=covered).astype(np.float32)
+    else:
+        (H, W), total = shape, np.zeros((2, shape[0] + 1, shape[1] + 1))
+        x0, y0, x1, y1 = np.clip(np.round(np.asarray(boxes).T), 0, [[W], [H], [W], [H]]).astype(int)
+        for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+            np.add.at(total, (slice(None), y, x), sign * one)               # corners; their running sums are the boxes
+        total = total.cumsum(1).cumsum(2)[:, :H, :W]
+    mean = np.divide(*total, out=np.zeros(total.shape[1:]), where=total[1] > 0.5).astype(np.float32)
+    return mean[labels] if boxes is None else mean
 
 
 def read_bing(model_dir):
@@ -376,20 +351,15 @@ def read_bing(model_dir):
     6 * row + column), W8: the filter is 8 by 8. Raises InputError if a file is not such a matrix.
     """
     mats = []
-    for part in ("wS1", "idx", "wS2"):
-        path = Path(model_dir) / f"ObjNessB2W8MAXBGR.{part}.yml.gz"
-        try:
-            text = gzip.decompress(path.read_bytes()).decode()
+    with data.reading(model_dir, "BING's trained model, three matrices of OpenCV in gzipped YAML"):
+        for part in ("wS1", "idx", "wS2"):
+            text = gzip.decompress(Path(model_dir, f"ObjNessB2W8MAXBGR.{part}.yml.gz").read_bytes()).decode()
             rows, cols, values = re.search(r"rows:\s*(\d+)\s+cols:\s*(\d+).*?data:\s*\[(.*?)\]", text, re.S).groups()
             mats.append(np.array(values.split(","), np.float32).reshape(int(rows), int(cols)))
-        except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, AttributeError, ValueError) as e:
-            raise InputError(f"{path}: not an OpenCV matrix in gzipped YAML; expected BING's trained model") from e
-    kernel, index, calibration = mats
-    if not all(np.isfinite(m).all() for m in mats):
-        raise InputError(f"{model_dir}: NaN or Inf in the model; expected BING's trained model")
-    index = index.ravel().astype(int)
-    if kernel.shape != (8, 8) or calibration.shape != (len(index), 2) or not ((index >= 0) & (index < 36)).all():
-        raise InputError(f"{model_dir}: the model's parts have shapes {[m.shape for m in mats]}; expected 8x8, n, nx2")
+        kernel, index, calibration = mats[0], mats[1].ravel().astype(int), mats[2]
+        if (not all(np.isfinite(m).all() for m in mats) or kernel.shape != (8, 8) or calibration.shape != (len(index), 2)
+                or not ((index >= 0) & (index < 36)).all()):
+            raise ValueError(f"NaN, or shapes {[m.shape for m in mats]} instead of 8x8, n, nx2")
     return kernel, 2 ** np.stack([index // 6 + 4, index % 6 + 4], 1), calibration
 
 
@@ -448,40 +418,28 @@ def read_mcg(path):
     path: .mat with `superpixels` (H, W) 1..S, `labels` N cells each listing a candidate's superpixels, `scores` (N, 1).
     Raises InputError if the file is not of that form.
     """
-    try:
+    with data.reading(path, "MCG's superpixels, labels and scores"):
         with open(path, "rb") as file:
             mat = scipy.io.loadmat(file)
         labels, scores = np.asarray(mat["superpixels"]), np.asarray(mat["scores"], float).ravel()
         parts = [np.asarray(cell, int).ravel() - 1 for cell in mat["labels"].ravel()]
-        fits = labels.ndim == 2 and labels.min() >= 1 and (labels % 1 == 0).all()
-        fits = fits and len(parts) == len(scores) > 0 and np.isfinite(scores).all()
-        segments = np.zeros((len(parts), int(labels.max()) if labels.max() <= labels.size else 0), bool)
+        if labels.ndim != 2 or not 1 <= labels.min() <= labels.max() <= labels.size or (labels % 1).any():
+            raise ValueError("its superpixels do not count from 1")
+        if not len(parts) == len(scores) > 0 or not np.isfinite(scores).all() or min(p.min(initial=0) for p in parts) < 0:
+            raise ValueError("not every candidate has one score")
+        segments = np.zeros((len(parts), int(labels.max())), bool)
         for row, part in zip(segments, parts):
             row[part] = True
-            fits = fits and part.min(initial=0) >= 0
-    except Exception as e:                                # scipy raises many kinds on damaged files
-        if isinstance(e, OSError) and e.filename:
-            raise
-        raise InputError(f"{path}: not MCG's proposals ({type(e).__name__}); expected superpixels, labels, scores") from e
-    if not fits:
-        raise InputError(f"{path}: not MCG's proposals; superpixels count from 1, and every candidate has one score")
     return labels.astype(np.int32) - 1, segments, (scores - scores.min()) / max(np.ptp(scores), 1e-12)
 
 
 # ---------------------------------------------------------------- smoothing priors (section 4)
 
-def superpixel_mean(planes, labels):
-    """Mean of each plane (K, H, W) over each superpixel of labels (H, W) -> (K, S); [:, labels] paints it back."""
-    size = np.bincount(labels.ravel())
-    return np.stack([np.bincount(labels.ravel(), p.ravel(), len(size)) for p in planes]) / np.maximum(size, 1)
-
-
 def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
     """Pixel-adaptive refinement (Araslanov & Roth, CVPR 2020): repeated averages over neighbours of like colour.
 
-    planes (K, h, w) float; image (h, w, 3) uint8 or 0..1 floats of the same size (shrink both to a quarter: faster, and it
-    reaches farther). A neighbour's weight is the softmax, over the 8 directions at each dilation (pixels), of
-    -mean over channels of |colour difference| / (width * local standard deviation). Borders repeat. Returns (K, h, w) float32.
+    planes (K, h, w) float, image (h, w, 3) uint8 -> (K, h, w) float32. A neighbour's weight is the softmax, over the 8
+    directions at each dilation (pixels), of -mean over channels of |colour difference| / (width * local standard deviation).
     """
     def neighbours(x):                                                      # (C, h, w) -> (C, 8 * dilations, h, w)
         h, w, out = *x.shape[1:], []
@@ -489,11 +447,10 @@ def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
             y = F.pad(x[None], (d, d, d, d), mode="replicate")[0]
             out += [y[:, i:i + h, j:j + w] for i in (0, d, 2 * d) for j in (0, d, 2 * d) if (i, j) != (d, d)]
         return torch.stack(out, 1)
-    guide = torch.from_numpy(np.moveaxis(np.asarray(image, np.float32), 2, 0).copy())        # (3, h, w)
-    x, near = torch.from_numpy(np.array(planes, np.float32)), neighbours(guide)
+    guide = torch.tensor(image).permute(2, 0, 1).float() / 255              # (3, h, w)
+    x, near = torch.from_numpy(np.asarray(planes, np.float32)), neighbours(guide)
     spread = torch.cat([near, guide[:, None]], 1).std(1, keepdim=True)
-    scale = 255 if np.asarray(image).dtype == np.uint8 else 1
-    weight = (-(near - guide[:, None]).abs() / (width * (spread + 1e-8 * scale))).mean(0).softmax(0)
+    weight = (-(near - guide[:, None]).abs() / (width * (spread + 1e-8))).mean(0).softmax(0)
     for _ in range(rounds):
         x = (neighbours(x) * weight).sum(1)
     return x.numpy()
@@ -524,7 +481,7 @@ def thresholded(p, objectness, delta):
 
 
 def relative(objectness):
-    """Objectness (H, W) on any scale -> o / (o + mean of o) after its minimum is taken off: in [0, 1), 0.5 for the average pixel."""
+    """Objectness (H, W) on any scale -> o / (o + mean of o), its minimum taken off: in [0, 1), 0.5 for the average pixel."""
     o = objectness - objectness.min() + 1e-12                 # a flat one becomes 0.5
     return o / (o + o.mean())
 
@@ -537,16 +494,10 @@ def saliency(image):
 
 
 def weigh(p, objectness, trust=1):
-    """p (K, h, w) times objectness (h, w) for the object classes and 1 - objectness for background, each to the power `trust`;
-    sums to 1 again."""
+    """p (K, h, w) times objectness (h, w) ** trust, background times (1 - objectness) ** trust; sums to 1 again."""
     objects = np.broadcast_to(objectness, p[1:].shape)
     p = p * np.concatenate([1 - objectness[None], objects]).astype(p.dtype) ** trust
     return p / np.maximum(p.sum(0), 1e-30)
-
-
-def resized(plane, size):
-    """(h, w) floats at another size (H, W), bilinear, or averages where it shrinks."""
-    return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size[::-1], Image.BILINEAR))
 
 
 def refine(p, image, regions, cell=8):
@@ -554,13 +505,13 @@ def refine(p, image, regions, cell=8):
 
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W).
     """
-    quarter, size = ([-(-n // side) for n in image.shape[:2]] for side in (4, cell))
-    small = np.asarray(Image.fromarray(image).resize(quarter[::-1], Image.BOX))
-    p = weigh(p, resized(saliency(small), image.shape[:2]))
-    p = F.interpolate(torch.from_numpy(p)[None], size, mode="area")[0].numpy()
-    smooth = torch.from_numpy(pixel_adaptive(p, np.asarray(Image.fromarray(image).resize(size[::-1], Image.BOX))))[None]
-    p = F.interpolate(smooth, image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
-    return superpixel_mean(p, regions)[:, regions]
+    def resized(planes, like, mode="bilinear"):
+        return F.interpolate(torch.from_numpy(planes)[None], like.shape[:2], mode=mode)[0].numpy()
+    coarse, small = (np.asarray(Image.fromarray(image).resize([-(-n // by) for n in image.shape[1::-1]], Image.BOX))
+                     for by in (cell, 4))
+    p = weigh(p, resized(saliency(small)[None], image)[0])
+    p = resized(pixel_adaptive(resized(p, coarse, "area"), coarse), image)
+    return np.stack([ndimage.mean(plane, regions, range(regions.max() + 1)) for plane in p])[:, regions]
 
 
 def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
@@ -602,7 +553,7 @@ class Scene:
 
     @functools.cached_property
     def objectness(self):
-        """{"bb", "seg"}: p(pixel in an object), (H, W): the mean score of the covering proposals, `relative` to the picture's."""
+        """{"bb", "seg"}: p(pixel in an object), (H, W): mean score of the covering proposals, `relative` to the picture's."""
         shape, regions = self.image.shape[:2], self.regions
         segments, scores = (None, None) if self.bing and self.mcg else self.segments
         boxes = bing(self.image, self.bing) if self.bing else (boxes_of(segments, regions), scores)
@@ -624,12 +575,6 @@ PRIORS = {                                               # name: f(p (K, H, W), 
 }
 
 
-def rungs(p, q, scene, form="objects", priors=tuple(PRIORS)):
-    """{row of the ladder: labels (H, W)} from the outputs of `predict` for one Scene."""
-    rows, p = {"base": p.argmax(0)}, ilp(p, q, form)
-    return rows | {"ilp" if name == "none" else f"ilp+{name}": PRIORS[name](p, scene) for name in priors}
-
-
 # ---------------------------------------------------------------- pictures
 
 def overlay(image, labels, alpha=0.6):
@@ -649,68 +594,68 @@ def panel(rows, classes, width=150):
 
     rows: list of (list of (caption, picture), set of class indices). Returns a PIL image.
     """
-    face, caption_height, step = ImageFont.load_default(18), 24, 180
-    tall = lambda picture: min(max(1, round(picture.shape[0] * width / picture.shape[1])), 4 * width)
-    heights = [max(tall(p) for _, p in cells) for cells, _ in rows]
-    used = sorted(set().union(*[k for _, k in rows]))
-    columns = max(len(cells) for cells, _ in rows)
-    per_line = max(1, columns * (width + 4) // step)
-    legend = 8 + 26 * -(-len(used) // per_line)
-    sheet = Image.new("RGB", (columns * (width + 4) + 4, sum(heights) + len(rows) * (caption_height + 4) + legend), "white")
-    draw, y = ImageDraw.Draw(sheet), 0
-    for (cells, _), height in zip(rows, heights):
-        for i, (caption, picture) in enumerate(cells):
-            x = 4 + i * (width + 4)
-            draw.text((x, y + 1), caption, "black", face)
-            size = (width, tall(picture))
-            sheet.paste(Image.fromarray(picture).resize(size, Image.LANCZOS if picture.shape[0] > 200 else Image.NEAREST),
-                        (x, y + caption_height))
-        y += height + caption_height + 4
+    face, used, strips = ImageFont.load_default(18), sorted(set().union(*[k for _, k in rows])), []
+    sheet_width = 4 + max(len(cells) for cells, _ in rows) * (width + 4)
+    for cells, _ in rows:
+        pictures = []
+        for _, picture in cells:
+            height = min(max(1, round(picture.shape[0] * width / picture.shape[1])), 4 * width)
+            how = Image.LANCZOS if picture.shape[0] > 200 else Image.NEAREST
+            pictures.append(Image.fromarray(picture).resize((width, height), how))
+        strips.append(Image.new("RGB", (sheet_width, max(p.height for p in pictures) + 28), "white"))
+        for i, ((caption, _), picture) in enumerate(zip(cells, pictures)):
+            strips[-1].paste(picture, (4 + i * (width + 4), 24))
+            ImageDraw.Draw(strips[-1]).text((4 + i * (width + 4), 1), caption, "black", face)
+    per_line = max(1, sheet_width // 180)
+    strips.append(Image.new("RGB", (sheet_width, 8 + 26 * -(-len(used) // per_line)), "white"))
+    draw = ImageDraw.Draw(strips[-1])
     for n, k in enumerate(used):
-        x, line = 4 + n % per_line * step, y + 4 + n // per_line * 26
-        draw.rectangle((x, line, x + 20, line + 20), tuple(map(int, data.voc_palette()[k])), "black")
-        draw.text((x + 26, line - 1), classes[k] if k < len(classes) else "void", "black", face)
-    return sheet
+        x, y = 4 + n % per_line * 180, 4 + n // per_line * 26
+        draw.rectangle((x, y, x + 20, y + 20), tuple(map(int, data.voc_palette()[k])), "black")
+        draw.text((x + 26, y - 1), classes[k] if k < len(classes) else "void", "black", face)
+    return Image.fromarray(np.vstack(strips))
 
 
-def explain(net, image, truth, classes, dense=1, sides=(), maps=3):
-    """One row of a panel: image, truth if known, base, +ILP, final, and heat maps of the classes with the largest q."""
-    p, q = predict(net, image, dense, sides)
-    labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP +refine": PRIORS["refine"](ilp(p, q), Scene(image))}
-    cells = [("image", image)] + ([("truth", data.voc_palette()[truth])] if truth is not None else [])
-    cells += [(name, data.voc_palette()[label]) for name, label in labels.items()]
-    top = [int(k) for k in np.argsort(-q) if k][:maps]
-    cells += [(f"{classes[k]} {q[k]:.2f}", heat(p[k])) for k in top]
-    used = set(np.unique(np.concatenate([x.ravel() for x in [*labels.values()] + ([truth] if truth is not None else [])])))
-    return cells, {int(k) for k in used}
-
-
-def save_panel(path, net, samples, classes, dense=1, sides=()):
-    """Write a panel of (name, image, truth or None) samples."""
-    sheet = panel([explain(net, image, truth, classes, dense, sides) for _, image, truth in samples], classes)
-    data.write_atomically(path, lambda file: sheet.save(file, "png"))
+def save_panel(path, net, samples, maps=3):
+    """Write a panel, a row for each of (name, image, truth or None): labels prior by prior, maps of the likeliest classes."""
+    rows = []
+    for _, image, truth in samples:
+        p, q = predict(net, image)
+        labels = {"truth": truth} if truth is not None else {}
+        labels |= {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP +refine": PRIORS["refine"](ilp(p, q), Scene(image))}
+        top = [k for k in np.argsort(-q) if k][:maps]
+        cells = [("image", image), *((name, data.voc_palette()[label]) for name, label in labels.items()),
+                 *((f"{net.classes[k]} {q[k]:.2f}", heat(p[k])) for k in top)]
+        rows.append((cells, set(np.unique([*labels.values()]).tolist())))
+    data.write_atomically(path, lambda file: panel(rows, net.classes).save(file, "png"))
 
 
 # ---------------------------------------------------------------- command line
 
+def add_options(add):
+    """What infer.py and `eval_voc.py ladder` both take; add: a parser's add_argument."""
+    add("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint does not hold them")
+    add("--ilp-form", choices=list(ILP_FORMS), default="objects", help="what Eq. 7 multiplies [objects]")
+    add("--bing", metavar="DIR", help="BING's model, for bb [boxes around our own segments]")
+    add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own hierarchy]")
+    add("--dense", type=int, metavar="F", help="score grid F times finer than the stride [the checkpoint's]")
+    add("--panel", metavar="FILE", help="also draw the first 20 images: labels prior by prior, score maps")
+    add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+
+
 def main():
     parser = data.Parser(description=__doc__)
-    parser.add_argument("checkpoint", help="ckpt.pt or head.pt of train.py")
-    parser.add_argument("images", nargs="*", help="image files and folders")
-    parser.add_argument("--voc", metavar="DIR", help="label a set of this devkit instead")
-    parser.add_argument("--set", default="val", help="which set of --voc [val]")
-    parser.add_argument("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint does not hold them")
-    parser.add_argument("--prior", choices=list(PRIORS), default="none", help="what smooths the label map [none]")
-    parser.add_argument("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7")
-    parser.add_argument("--ilp-form", choices=list(ILP_FORMS), default="objects", help="what Eq. 7 multiplies [objects]")
-    parser.add_argument("--bing", metavar="DIR", help="--prior bb: BING's model [boxes around our own segments]")
-    parser.add_argument("--mcg", metavar="DIR", help="--prior seg: MCG's <image>.mat candidates [our own hierarchy]")
-    parser.add_argument("--dense", type=int, metavar="F", help="score grid F times finer than the stride")
-    parser.add_argument("--ahead", type=int, default=2, metavar="N", help="images whose priors wait while the network goes on [2]")
-    parser.add_argument("--soft", action="store_true", help="also write the class scores as .npz")
-    parser.add_argument("--panel", metavar="FILE", help="also draw the first 20 photographs with labels, prior by prior, and score maps")
-    parser.add_argument("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
-    parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps [auto]")
+    add = parser.add_argument
+    add("checkpoint", help="ckpt.pt or head.pt of train.py")
+    add("images", nargs="*", help="image files and folders")
+    add("--voc", metavar="DIR", help="label a set of this devkit instead")
+    add("--set", default="val", help="which set of --voc [val]")
+    add("--prior", choices=list(PRIORS), default="none", help="what smooths the label map [none]")
+    add("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7")
+    add("--ahead", type=int, default=2, metavar="N", help="images the network may be ahead of the priors [2]")
+    add("--soft", action="store_true", help="also write the class scores as .npz")
+    add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
+    add_options(add)
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")
@@ -718,43 +663,40 @@ def main():
         files = [Path(args.voc, "JPEGImages", f"{i}.jpg") for i in data.voc_ids(args.voc, args.set)]
     else:
         files = [f for p in args.images for f in (data.image_files(p) if Path(p).is_dir() else [Path(p)])]
-    twice = {f.stem for f in files if sum(g.stem == f.stem for g in files) > 1} if len(files) < 5000 else ()
-    if twice:
-        raise InputError(f"{sorted(twice)[0]}: two images of this name would write the same label file; run them apart")
-    net, ckpt = load_net(args.checkpoint, args.weights, args.device)
-    dense, out, bad, begun = ckpt["dense"] if args.dense is None else args.dense, Path(args.out), [], time.perf_counter()
-    check_dense(net, dense)
+    stem, times = collections.Counter(f.stem for f in files).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{stem}: {times} images of this name would write the same label file; run them apart")
+    net, ckpt = load_net(args.checkpoint, args.weights, args.device, args.dense)
+    out, bad, begun = Path(args.out), [], time.perf_counter()
 
     def network(file):
         try:
             image = data.load_image(file)
-            p, q = predict(net, image, dense, ckpt["sides"])
+            return file, image, *predict(net, image)
         except InputError as e:
-            return bad.append(str(e) if str(file) in str(e) else f"{file}: {e}")
-        return file, image, p, q
+            bad.append(str(e) if str(file) in str(e) else f"{file}: {e}")
 
     def priors(predicted):
         if not predicted:
             return
         file, image, p, q = predicted
         p = ilp(p, q, args.ilp_form) if args.ilp else p
-        scene = Scene(image, ckpt["thresholds"], args.bing, args.mcg, file.stem)
-        labels = PRIORS[args.prior](p, scene)
+        labels = PRIORS[args.prior](p, Scene(image, ckpt["thresholds"], args.bing, args.mcg, file.stem))
         data.save_labels(out / f"{file.stem}.png", labels)
         if not args.voc:
             picture = Image.fromarray(overlay(image, labels))
             data.write_atomically(out / f"{file.stem}_overlay.png", lambda f: picture.save(f, "png"))
         if args.soft:
             data.write_atomically(out / f"{file.stem}.npz", lambda f: np.savez_compressed(
-                f, scores=p.astype(np.float16), image_scores=q, classes=np.array(ckpt["classes"])))
+                f, scores=p.astype(np.float16), image_scores=q, classes=np.array(net.classes)))
         if len(files) == 1:
             share = np.bincount(labels.ravel(), minlength=len(q)) / labels.size
-            print(f"{file}: " + ", ".join(f"{ckpt['classes'][k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k] > 0))
+            print(f"{file}: " + ", ".join(f"{net.classes[k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k]))
     for _ in data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)):
         pass
     if args.panel:
         good = [f for f in files[:20] if not any(str(f) in why for why in bad)]
-        save_panel(args.panel, net, [(f.stem, data.load_image(f), None) for f in good], ckpt["classes"], dense, ckpt["sides"])
+        save_panel(args.panel, net, [(f.stem, data.load_image(f), None) for f in good])
     print(f"wrote {len(files) - len(bad)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
           f"most memory {memory(args.device):.2f} GB")
     if bad:

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
 
 Writes out/<preset>/: ckpt.pt, head.pt (the same at half the precision, without paths and optimiser: to give away), log.csv,
-settings.json, panel.png, and scores.json for the toy. Every setting is a flag (--aggregation max --r 5 --steps 200 --device cpu);
+settings.json, panel.png, and scores.json for the toy. Every setting is a flag (--aggregation max --steps 200 --device cpu);
 `--help` lists them with the presets' and the paper's values in brackets.
 """
 import contextlib
@@ -36,14 +36,15 @@ import data
 import eval_voc
 import infer
 from data import InputError
-from model import AGGREGATIONS, TRUNKS, geometry, in_size, memory, pick_device, rate, tag_loss
+from model import AGGREGATIONS, TRUNKS, geometry, in_size, load_trunk, memory, pick_device, rate, tag_loss
 
 
 # ---------------------------------------------------------------- settings: this block is the help
 
-def opt(group, default, text, choices=None, free=False):
-    """A setting; free ones may change when a run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(group=group, help=text, choices=choices, free=free))
+def opt(group, default, text, choices=None, free=False, low=None, high=math.inf):
+    """A setting with its range; free ones may change when a run is resumed."""
+    metadata = dict(group=group, help=text, choices=choices, free=free, low=low, high=high)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -57,47 +58,47 @@ class Settings:
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
     masks: str = opt("data", "", "folder of label PNGs to learn per pixel: true ones, or the net's own (toy: drawn)", free=True)
     cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
-    views: int = opt("data", 1, "cached views of an image: the first as it is, the others jittered")
-    limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)")
-    size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)")
-    threshold_images: int = opt("data", 100, "training images from whose tags the thresholds delta are fitted", free=True)
-    toy_images: int = opt("data", 3000, "toy: training images drawn from the seed")
-    toy_scenes: int = opt("data", 30, "toy: scenes to label and score at the end", free=True)
+    views: int = opt("data", 1, "cached views of an image: the first as it is, the others jittered", low=1)
+    limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)", low=0)
+    size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)", low=0)
+    threshold_images: int = opt("data", 100, "training images from whose tags delta is fitted", free=True, low=1)
+    toy_images: int = opt("data", 3000, "toy: training images drawn from the seed", low=1)
+    toy_scenes: int = opt("data", 30, "toy: scenes to label and score at the end", free=True, low=1)
 
     trunk: str = opt("model", "vgg16", "feature extractor (paper: overfeat)", list(TRUNKS))
     weights: str = opt("model", "", "the trunk's weights; vgg16's are fetched when not given", free=True)
-    train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)")
+    train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)", low=-1)
     head: str = opt("model", "", "hidden widths of the head, e.g. 1024,768,512 (empty: the trunk's own)")
     kernel: str = opt("model", "3", "sides of the head's kernels, the last for all that remain (paper: 3)")
-    dense: int = opt("model", 1, "at test time the score grid is so many times finer than the stride", free=True)
+    dense: int = opt("model", 1, "at test time the score grid is so many times finer than the stride", free=True, low=1)
     sides: str = opt("model", "", "at test time images are brought to side*side pixels, scores averaged (empty: as they are)",
                      free=True)
     aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", list(AGGREGATIONS))
-    r: float = opt("model", 5.0, "sharpness of lse (paper: 5)")
+    r: float = opt("model", 5.0, "sharpness of lse (paper: 5)", low=1e-6)
     loss: str = opt("model", "softmax", "paper: softmax, Eq. 2", ["softmax", "sigmoid"])
-    dropout: float = opt("model", 0.5, "in the head (paper: 0.5)")
+    dropout: float = opt("model", 0.5, "in the head (paper: 0.5)", low=0, high=1)
 
     optimizer: str = opt("optimiser", "sgd", "paper: sgd", ["sgd", "adam"])
-    lr: float = opt("optimiser", 1e-3, "learning rate (paper: 0.001)")
+    lr: float = opt("optimiser", 1e-3, "learning rate (paper: 0.001)", low=0)
     schedule: str = opt("optimiser", "steps", "steps: x0.8 every 5 million samples (paper); cosine: to 0 at the last step",
                         ["steps", "cosine"])
-    momentum: float = opt("optimiser", 0.9, "SGD's, and Adam's first (paper: 0.9)")
-    weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005")
-    batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)")
-    steps: int = opt("optimiser", 1000, "optimiser steps on tags (paper: about a week of them)", free=True)
-    self_steps: int = opt("optimiser", 0, "then steps on labels that the net itself gives the training images", free=True)
-    self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", free=True)
-    balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies")
+    momentum: float = opt("optimiser", 0.9, "SGD's, and Adam's first (paper: 0.9)", low=0, high=0.9999)
+    weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005", low=0)
+    batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)", low=1)
+    steps: int = opt("optimiser", 1000, "optimiser steps on tags (paper: about a week of them)", free=True, low=1)
+    self_steps: int = opt("optimiser", 0, "then steps on labels that the net gives the training images", free=True, low=0)
+    self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", free=True, low=0)
+    balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies", low=0)
     jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (cached features: flip)")
 
     out: str = opt("run", "", "output folder (empty: out/<preset>)", free=True)
-    seed: int = opt("run", 0, "decides weights, order, jitter and dropout")
+    seed: int = opt("run", 0, "decides weights, order, jitter and dropout", low=0, high=2 ** 32)
     device: str = opt("run", "auto", "auto, cpu, cuda, cuda:1, mps", free=True)
     amp: bool = opt("run", False, "bfloat16 autocast")
     compile: bool = opt("run", False, "torch.compile the head", free=True)
-    workers: int = opt("run", 0, "loader processes", free=True)
-    log_every: int = opt("run", 20, "steps between lines of log.csv")
-    save_every: int = opt("run", 200, "steps between checkpoints", free=True)
+    workers: int = opt("run", 0, "loader processes", free=True, low=0)
+    log_every: int = opt("run", 20, "steps between lines of log.csv", low=1)
+    save_every: int = opt("run", 200, "steps between checkpoints", free=True, low=1)
     resume: bool = opt("run", False, "continue the run in --out", free=True)
     bench: bool = opt("run", False, "train nothing; print images/s of loading, of the plain loop and of this one", free=True)
 
@@ -115,11 +116,11 @@ PRESETS = {
 
 
 def parse(argv):
-    """Command line -> (preset, Settings); refuses unknown flags and values by name."""
+    """Command line -> (preset, Settings, {what was given}); refuses unknown flags and values by name."""
     parser = data.Parser(description=__doc__, usage="train.py [toy|voc|paper|folder] [--setting value ...]")
     parser.add_argument("preset", nargs="?", default="toy", choices=list(PRESETS), help="which defaults [toy]")
-    groups = {}
-    for f in dataclasses.fields(Settings):
+    groups, fields = {}, {f.name: f for f in dataclasses.fields(Settings)}
+    for f in fields.values():
         m = f.metadata
         group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
         presets = ", ".join(f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v)
@@ -129,45 +130,41 @@ def parse(argv):
                            help=f"{m['help']} [{f.default if f.default != '' else 'none'}{'; ' if presets else ''}{presets}]")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     preset = given.pop("preset")
-    settings = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
-    counts = "batch steps log_every save_every views toy_images toy_scenes threshold_images dense".split()
-    ranges = dict(dict.fromkeys(counts, (1,)),
-                  **dict.fromkeys("lr workers limit size self_steps self_rounds balance weight_decay".split(), (0,)),
-                  r=(1e-6,), seed=(0, 2 ** 32), dropout=(0, 1), momentum=(0, 0.9999), train_convs=(
-                      -1, sum(row.kind == "conv" for row in TRUNKS[settings.trunk].rows)))
-    for flag, (low, *high) in ranges.items():
-        if not low <= getattr(settings, flag) <= (high or [sys.float_info.max])[0]:
-            expected = f"{low} to {high[0]}" if high else f"{low} or more"
-            parser.error(f"argument --{flag.replace('_', '-')}: {getattr(settings, flag)}; expected {expected}")
-    needs = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
-    for flag in needs:
-        if not getattr(settings, flag):
-            parser.error(f"{preset} needs --{flag} ({dict(parser._option_string_actions)['--' + flag].help})")
-    for flag in ("head", "kernel", "sides"):
-        words = getattr(settings, flag).split(",")
-        if not all(w.isdecimal() and 0 < int(w) < 100_000 for w in words) and (words != [""] or flag == "kernel"):
-            parser.error(f"argument --{flag}: '{getattr(settings, flag)}' is not a list of numbers such as 1024,768,512")
-    if settings.train_convs < 0:
-        settings.cache = ""                                         # nothing is frozen
-    elif preset in ("voc", "folder") and not settings.cache:
-        settings.cache = f"{settings.out}/cache"
-    settings.cache = "" if settings.cache == "no" else settings.cache
-    settings.self_steps = 0 if settings.masks else settings.self_steps      # the labels are given
-    if settings.self_steps and (preset == "toy" or not settings.cache):
-        parser.error("argument --self-steps: needs image files (not toy), a --cache, and a trunk that is frozen in part")
-    if settings.masks and preset == "paper":
-        parser.error("argument --masks: not for paper, whose images are cut")
-    try:
-        pick_device(settings.device)
-    except (data.argparse.ArgumentTypeError, ValueError) as e:
-        parser.error(f"argument --device: {e}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if settings.batch % world:
-        parser.error(f"argument --batch: {settings.batch} images cannot be shared by {world} processes")
-    settings.size = settings.size or TRUNKS[settings.trunk].size
+    s = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
+
+    def refuse(flag, why):
+        parser.error(f"argument --{flag.replace('_', '-')}: {why}")
+    for name, f in fields.items():
+        low, high, value = f.metadata["low"], f.metadata["high"], getattr(s, name)
+        if low is not None and not low <= value <= high or value == math.inf:
+            refuse(name, f"{value}; expected {low} " + (f"to {high}" if high < math.inf else "or more"))
+    for flag in {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, []):
+        if not getattr(s, flag):
+            parser.error(f"{preset} needs --{flag} ({fields[flag].metadata['help']})")
+    for flag, check in (("head", infer.numbers), ("kernel", lambda text: infer.numbers(text)[0]), ("sides", infer.numbers),
+                        ("device", pick_device)):
+        try:
+            check(getattr(s, flag))
+        except (data.argparse.ArgumentTypeError, ValueError, IndexError) as e:
+            refuse(flag, e)
+    if s.train_convs > sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows):
+        refuse("train_convs", f"{s.trunk} has not so many convolutions")
+    if s.train_convs < 0:
+        s.cache = ""                                                # nothing is frozen
+    elif preset in ("voc", "folder"):
+        s.cache = s.cache or f"{s.out}/cache"
+    s.cache = "" if s.cache == "no" else s.cache
+    s.self_steps = 0 if s.masks else s.self_steps                   # the labels are given
+    if s.self_steps and (preset == "toy" or not s.cache):
+        refuse("self_steps", "needs image files (not toy), a --cache, and a trunk that is frozen in part")
+    if s.masks and preset == "paper":
+        refuse("masks", "not for paper, whose images are cut")
+    if s.batch % int(os.environ.get("WORLD_SIZE", 1)):
+        refuse("batch", f"{s.batch} images cannot be shared by {os.environ['WORLD_SIZE']} processes")
+    s.size = s.size or TRUNKS[s.trunk].size
     if preset in ("voc", "folder"):                                 # whole photographs, squashed to size x size
-        settings.sides = settings.sides or f"{settings.size},{settings.size * 3 // 2}"
-    return preset, settings, given
+        s.sides = s.sides or f"{s.size},{s.size * 3 // 2}"
+    return preset, s, given
 
 
 def load_photos(preset, s):
@@ -270,27 +267,22 @@ def cached_features(net, photos, s, device):
     sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
     key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, amp=s.amp, weights=weights.hexdigest(),
                list=names.hexdigest(), shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 1 else 0)
-    state = folder / "cache.json"
-    try:
-        found = json.loads(state.read_text()) if state.exists() else None
-        if found is not None and not (isinstance(found["key"], dict) and type(found["done"]) is int
-                                      and 0 < found["done"] <= len(photos)):
-            raise ValueError
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{state}: damaged; delete {folder}") from e
-    if found and found["key"] != key:
-        differ = [k for k in key if found["key"].get(k) != key[k]]
-        raise InputError(f"{folder}: made for another {', '.join(differ)}; delete it or give another --cache")
-    first, block, broken = found["done"] if found else 0, 32, set()
-    need_room(folder, 2 * math.prod(key["shape"]) * (len(photos) - first) // len(photos))
-    try:
-        if found:
+    state, first = folder / "cache.json", 0
+    with data.reading(folder, f"cache.json and features.npy as this code writes them; delete {folder}"):
+        if state.exists():
+            found = json.loads(state.read_text())
+            differ = [k for k in key if found["key"].get(k) != key[k]]
+            if differ:
+                raise InputError(f"{folder}: made for another {', '.join(differ)}; delete it or give another --cache")
+            first = found["done"]
+            if type(first) is not int or not 0 < first <= len(photos):
+                raise ValueError(f"cache.json: {first} images done")
             np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)     # "r+" fills a short file up with zeros
-        features = np.lib.format.open_memmap(folder / "features.npy", "r+" if found else "w+", np.float16, tuple(key["shape"]))
+        need_room(folder, 2 * math.prod(key["shape"]) * (len(photos) - first) // len(photos))
+        features = np.lib.format.open_memmap(folder / "features.npy", "r+" if first else "w+", np.float16, tuple(key["shape"]))
         if features.dtype != np.float16 or list(features.shape) != key["shape"]:
-            raise ValueError(f"{features.dtype} {features.shape}, expected float16 {key['shape']}")
-    except (ValueError, EOFError) as e:                           # also where it holds Python objects, which are never loaded
-        raise InputError(f"{folder}/features.npy: damaged ({e}); delete {folder}") from e
+            raise ValueError(f"features.npy: {features.dtype} {features.shape}, not float16 {key['shape']}")
+    block, broken = 32, set()
     if first < len(photos):
         print(f"caching {features.nbytes / 1e9:.1f} GB of features in {folder}")
     for start in data.progress(range(first, len(photos), block), "blocks cached"):
@@ -354,20 +346,18 @@ def resume(path, s, net, optimizer, begin):
     Raises InputError listing the settings that differ.
     """
     ckpt = infer.read_checkpoint(path)
-    fixed = [f.name for f in dataclasses.fields(Settings) if not f.metadata["free"]]
-    differ = [f"{k} was {ckpt['settings'].get(k)} and is {getattr(s, k)}" for k in fixed
-              if ckpt["settings"].get(k) != getattr(s, k)]
+    was = ckpt["settings"]
+    differ = [f"{f.name} was {was.get(f.name)} and is {getattr(s, f.name)}" for f in dataclasses.fields(Settings)
+              if not f.metadata["free"] and was.get(f.name) != getattr(s, f.name)]
     if differ:
         raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
-    try:
+    with data.reading(path, "a checkpoint to --resume; train again"):
         net.load_state_dict(ckpt["model"], strict=False)
         if ckpt["step"] <= begin:                                 # saved by an earlier stage
             return begin, []
         optimizer.load_state_dict(ckpt["optimizer"])
         if any(v.dim() and v.shape != p.shape for p, state in optimizer.state.items() for v in state.values()):
             raise ValueError("the optimiser's moments have other shapes")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path}: cannot --resume from it ({e}); train again") from e
     return ckpt["step"], ckpt["pending"]
 
 
@@ -396,8 +386,8 @@ def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
     stop = []                                                     # Ctrl-C and SIGTERM end the loop after its step
     handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
-    loader = torch.utils.data.DataLoader(photos if features is None else Cached(photos, features, rows, s.jitter), batch_sampler=stream,
-                                         num_workers=s.workers, pin_memory=device.type == "cuda")
+    items = photos if features is None else Cached(photos, features, rows, s.jitter)
+    loader = torch.utils.data.DataLoader(items, batch_sampler=stream, num_workers=s.workers, pin_memory=device.type == "cuda")
     start, net, broken = time.perf_counter(), net.train(), set()
     batches, waited = iter(loader), 0.0
     for step in range(first, end):
@@ -531,16 +521,14 @@ def bench(net, photos, s, device, batches=4):
     held = [(images.to(device), photos.tags[index].to(device)) for images, index, *_ in loader]
     print(f"loading: {batches * s.batch / (time.perf_counter() - start):.1f} images/s, {s.workers} workers")
 
-    def speed(net, amp, inputs, cached=False):
-        trained, turn = [p for p in net.parameters() if p.requires_grad], iter(inputs * 1000)
-        optimizer = torch.optim.AdamW(trained, 1e-6)
+    def speed(net, amp, inputs, forward):
+        optimizer, turn = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-6), iter(inputs * 1000)
 
         def step():
             x, tags = next(turn)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                scores = net.scores(x.float() if cached else net.frozen(x))
+                loss = tag_loss(net.aggregate(forward(x)), tags, s.loss)
             optimizer.zero_grad(set_to_none=True)
-            loss = tag_loss(net.aggregate(scores), tags, s.loss)
             loss.backward()
             optimizer.step()
             return loss
@@ -549,11 +537,12 @@ def bench(net, photos, s, device, batches=4):
     plain.normalise = lambda images: (images - plain.mean) / plain.std
     with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
         kept = [(net.frozen(x).half(), tags) for x, tags in held]
-    base = None
-    ways = [("plain loop, float32", plain, False, held), ("this loop", net, s.amp, held)]
+    ways = [("plain loop, float32", plain, False, held, plain), ("this loop", net, s.amp, held, net)]
     if net.cut:                                                   # something is frozen
-        ways += [("plain head from a cache, float32", plain, False, [(x.contiguous(), t) for x, t in kept], True),
-                 ("this head from a cache", net, s.amp, kept, True)]
+        ways += [("plain head from a cache, float32", plain, False, [(x.contiguous(), t) for x, t in kept],
+                  lambda x: plain.scores(x.float())),
+                 ("this head from a cache", net, s.amp, kept, lambda x: net.scores(x.float()))]
+    base = None
     for name, *arguments in ways:
         images, loss = speed(*arguments)
         base = base or images
@@ -567,11 +556,10 @@ def finish(preset, net, photos, s):
         for i in indices:
             with contextlib.suppress(InputError):                 # named during training
                 yield i, photos.image(i)
-    out, sides = Path(s.out), infer.numbers(s.sides)
+    out = Path(s.out)
     few = np.linspace(0, len(photos) - 1, min(s.threshold_images, len(photos))).astype(int)
     tagged = ((infer.Scene(image), photos.tags[i]) for i, image in readable(data.progress(few, "thresholds")))
-    delta = eval_voc.fit_thresholds(net, tagged, s.dense, sides)
-    ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=delta)
+    ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=eval_voc.fit_thresholds(net, tagged))
     data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
     shared = dict(ckpt, optimizer={}, pending=[], model={k: v.half() for k, v in ckpt["model"].items()},    # to give away
                   settings={**ckpt["settings"], **dict.fromkeys(PATHS, ""), "masks": "given" * bool(s.masks)})
@@ -579,10 +567,10 @@ def finish(preset, net, photos, s):
     samples = [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
     if preset == "toy":
         samples = data.toy_scenes(s.seed, s.toy_scenes)
-        report = eval_voc.ladder(net, samples, photos.classes, s.dense, delta=delta)
+        report = eval_voc.ladder(net, samples, ckpt["thresholds"])
         eval_voc.print_ladder(report)
         eval_voc.write_json(out / "scores.json", report)
-    infer.save_panel(out / "panel.png", net, samples[:6], photos.classes, s.dense, sides)
+    infer.save_panel(out / "panel.png", net, samples[:6])
 
 
 def main():
@@ -601,12 +589,11 @@ def main():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume; leave that out, or give the run's --out")
     start = time.perf_counter()
     photos = load_photos(preset, s)
-    net = infer.build_net(dataclasses.asdict(s), len(photos.classes), torch.Generator().manual_seed(s.seed))
-    infer.check_dense(net, s.dense)
+    net = infer.checked(infer.build_net, dataclasses.asdict(s), photos.classes, torch.Generator().manual_seed(s.seed))
     if s.size < in_size(1, net.rows):
         raise InputError(f"--size {s.size}: the net looks at {in_size(1, net.rows)} pixels; give a larger --size")
     if net.spec.weights_url is not None:
-        infer.load_weights(net, s.trunk, s.weights)
+        infer.checked(load_trunk, net, s.trunk, s.weights)
     net.to(device).to(memory_format=torch.channels_last)
     if s.resume:                                                  # refuse before anything is written
         resume(out / "ckpt.pt", s, net, None, math.inf)
