@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 import data
@@ -246,6 +246,52 @@ def print_ladder(report):
         print(f"tags: mean average precision {report['mean_average_precision']:.1f}")
 
 
+def plot(series, title, rows=None):
+    """A chart as a PIL image: {name: [(x, y), ...]}, all >= 0, as lines, or as dots on named rows (y is a row's index)."""
+    colours = ["#9e9e9e", "#4c78a8", "#54a24b", "#eeca3b", "#b279a2", "#e45756", "#000000"]
+    left, top, width, face = 300, 110, 1180, ImageFont.load_default(30)         # drawn at twice the size: smooth edges
+    height = 44 * len(rows) if rows else 460
+    sheet = Image.new("RGB", (left + width + 120, top + height + 60), "white")
+    draw = ImageDraw.Draw(sheet)
+    x_high, y_high = (max(v) for v in zip(*[point for points in series.values() for point in points]))
+
+    def at(x, y):
+        return left + width * x / (x_high or 1), top + (44 * (y + 0.5) if rows else height * (1 - y / (y_high or 1)))
+
+    def ticks(high):
+        step = next(10.0 ** e * m for e in range(-6, 9) for m in (1, 2, 5) if 10.0 ** e * m * 6 >= high)
+        return np.arange(0, high + step / 1e3, step)
+    for x in ticks(x_high):
+        draw.line([(at(x, 0)[0], top), (at(x, 0)[0], top + height)], "#e0e0e0", 2)
+        draw.text((at(x, 0)[0], top + height + 8), f"{x:g}", "black", face, anchor="ma")
+    for y, name in enumerate(rows) if rows else [(y, f"{y:g}") for y in ticks(y_high)]:
+        draw.line([at(0, y), at(x_high, y)], "#e0e0e0", 2)
+        draw.text((left - 14, at(0, y)[1]), name, "black", face, anchor="rm")
+    draw.text((14, 10), title, "black", face)
+    x = left
+    for colour, (name, points) in zip(colours if rows else colours[1:], series.items()):
+        if not rows:
+            draw.line([at(*point) for point in points], colour, 5, "curve")
+        for px, py in [at(*point) for point in points] if rows else []:
+            draw.ellipse((px - 10, py - 10, px + 10, py + 10), colour, "white", 2)
+        draw.ellipse((x, 64, x + 24, 88), colour)
+        draw.text((x + 34, 60), name, "black", face)
+        x += 74 + draw.textlength(name, face)
+    return sheet.resize((sheet.width // 2, sheet.height // 2), Image.LANCZOS)
+
+
+def draw_ladder(path, report):
+    """Write every class's IoU on every rung, and for VOC the paper's best row, as a picture."""
+    classes, rungs = report["classes"], {row: r["iou"] for row, r in report["rows"].items()}
+    if classes == data.VOC_CLASSES:
+        rungs["paper, +seg"] = dict(zip(classes, PAPER["ilp+seg"]))
+    means = {row: mean_defined(iou.values()) for row, iou in rungs.items()}
+    series = {row: [(v, i) for i, v in enumerate([means[row], *map(iou.get, classes)]) if v is not None]
+              for row, iou in rungs.items()}
+    picture = plot(series, "IoU, %", ["mean", *classes])
+    data.write_atomically(path, lambda file: picture.save(file, "png"))
+
+
 def print_runs(reports, settings):
     """One line for runs that differ only in their seed: mean and range of each rung's mean IoU, and of the tags' mAP.
 
@@ -385,6 +431,7 @@ def run_ladder(args):
             report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
         reports[path], settings[path] = report, ckpt["settings"]
         print_ladder(report)
+        draw_ladder(args.chart, report)
         if args.panel:
             infer.save_panel(args.panel, net, loaded(samples[:20]))
     print(f"{len(samples) * len(reports) / (time.perf_counter() - start):.2f} images/s, "
@@ -417,28 +464,30 @@ def main():
         sub.set_defaults(run=run)
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
         sub.add_argument("--set", default=set, help="its set [%(default)s]")
-        return sub.add_argument
-    add = command(run_score, "IoU of a folder of label PNGs")
+        return sub
+    add = command(run_score, "IoU of a folder of label PNGs").add_argument
     add("folder", help="<image id>.png of every image, as infer.py writes them")
     add("--json", metavar="FILE", help="also write the numbers here")
     add("--classes", metavar="FILE", help="class names, one a line, or a checkpoint [VOC's]")
     add("--variants", action="store_true", help="also the means that others report, not VOC's")
 
-    add = command(run_ladder, "every prior, from a checkpoint")
+    sub = command(run_ladder, "every prior, from a checkpoint")
+    add = sub.add_argument
     add("checkpoint", nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
     add("--json", metavar="FILE", help="also write the numbers here")
+    add("--chart", default="out/ladder.png", metavar="FILE", help="a picture of every class's IoU [out/ladder.png]")
     add("--limit", type=int, default=0, metavar="N", help="score N images spread over the set [all]")
     add("--forms", action="store_true", help="also a row for every form of Eq. 7")
     add("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")
     add("--sides", type=infer.numbers, metavar="N,N", help="images are brought to side*side pixels, e.g. 288,432")
     add("--oracle-thresholds", metavar="SET", help="fit delta on the TRUE MASKS of this set: no result")
-    infer.add_options(add)
+    infer.add_options(sub)
 
-    add = command(run_submit, "pack label PNGs for the evaluation server", "test")
+    add = command(run_submit, "pack label PNGs for the evaluation server", "test").add_argument
     add("folder", help="<image id>.png of every image, as infer.py writes them")
     add("--out", required=True, metavar="FILE.tgz")
 
-    add = command(run_proposals, "what superpixels and boxes could reach at best, from the TRUE MASKS")
+    add = command(run_proposals, "what superpixels and boxes could reach at best, from the TRUE MASKS").add_argument
     add("--limit", type=int, default=0, metavar="N", help="use N images spread over the set [all]")
     add("--bing", metavar="DIR", help="BING's model [boxes around our own segments]")
     args = parser.parse_args()

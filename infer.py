@@ -617,23 +617,27 @@ def panel(rows, classes, width=150):
 
 
 def save_panel(path, net, samples, maps=3):
-    """Write a panel, a row for each of (name, image, truth or None): labels prior by prior, maps of the likeliest classes."""
+    """Write a panel, a row for each of (name, image, truth or None), from left to right as the method goes.
+
+    Score maps of the likeliest classes with what Log-Sum-Exp and Eq. 2 make of them, labels prior by prior, truth if known.
+    """
     rows = []
     for _, image, truth in samples:
         p, q = predict(net, image)
-        labels = {"truth": truth} if truth is not None else {}
-        labels |= {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP +refine": PRIORS["refine"](ilp(p, q), Scene(image))}
+        labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP +refine": PRIORS["refine"](ilp(p, q), Scene(image))}
+        labels |= {"truth": truth} if truth is not None else {}
         top = [k for k in np.argsort(-q) if k][:maps]
-        cells = [("image", image), *((name, data.voc_palette()[label]) for name, label in labels.items()),
-                 *((f"{net.classes[k]} {q[k]:.2f}", heat(p[k])) for k in top)]
+        cells = [("image", image), *((f"{net.classes[k]} {q[k]:.2f}", heat(p[k])) for k in top),
+                 *((name, data.voc_palette()[label]) for name, label in labels.items())]
         rows.append((cells, set(np.unique([*labels.values()]).tolist())))
     data.write_atomically(path, lambda file: panel(rows, net.classes).save(file, "png"))
 
 
 # ---------------------------------------------------------------- command line
 
-def add_options(add):
-    """What infer.py and `eval_voc.py ladder` both take; add: a parser's add_argument."""
+def add_options(parser):
+    """What infer.py and `eval_voc.py ladder` both take."""
+    add = parser.add_argument_group("network and priors").add_argument
     add("--weights", metavar="FILE", help="the trunk's weights, where the checkpoint does not hold them")
     add("--ilp-form", choices=list(ILP_FORMS), default="objects", help="what Eq. 7 multiplies [objects]")
     add("--bing", metavar="DIR", help="BING's model, for bb [boxes around our own segments]")
@@ -645,17 +649,18 @@ def add_options(add):
 
 def main():
     parser = data.Parser(description=__doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("what to label, and where to").add_argument
     add("checkpoint", help="ckpt.pt or head.pt of train.py")
     add("images", nargs="*", help="image files and folders")
     add("--voc", metavar="DIR", help="label a set of this devkit instead")
     add("--set", default="val", help="which set of --voc [val]")
-    add("--prior", choices=list(PRIORS), default="none", help="what smooths the label map [none]")
-    add("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7")
-    add("--ahead", type=int, default=2, metavar="N", help="images the network may be ahead of the priors [2]")
-    add("--soft", action="store_true", help="also write the class scores as .npz")
     add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
-    add_options(add)
+    add("--soft", action="store_true", help="also write the class scores as .npz")
+    add_options(parser)
+    add = parser.add_argument_group("labelling").add_argument
+    add("--prior", choices=list(PRIORS), default="none", help="what smooths the label map, section 4 [none]")
+    add("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7 [yes, as the paper]")
+    add("--ahead", type=int, default=2, metavar="N", help="images the network may be ahead of the priors [2]")
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")

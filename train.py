@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
 
 Writes out/<preset>/: ckpt.pt, head.pt (the same at half the precision, without paths and optimiser: to give away), log.csv,
-settings.json, panel.png, and scores.json for the toy. Every setting is a flag (--aggregation max --steps 200 --device cpu);
+settings.json, curves.png, panel.png, and scores.json for the toy. Every setting is a flag (--aggregation max --steps 200);
 `--help` lists them with the presets' and the paper's values in brackets.
 """
 import contextlib
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import eval_voc
@@ -124,8 +125,9 @@ def parse(argv):
         m = f.metadata
         group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
         presets = ", ".join(f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v)
+        metavar = {int: "N", float: "X", str: "PATH" if f.name in (*PATHS, "masks") else "TEXT"}
         kind = dict(action=data.argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=f.type, choices=m["choices"], metavar=None if m["choices"] else f.type.__name__.upper())
+            type=f.type, choices=m["choices"], metavar=None if m["choices"] else metavar[f.type])
         group.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=None, **kind,
                            help=f"{m['help']} [{f.default if f.default != '' else 'none'}{'; ' if presets else ''}{presets}]")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -363,10 +365,11 @@ def resume(path, s, net, optimizer, begin):
 
 # ---------------------------------------------------------------- training
 
-def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
+def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1, monitor=None):
     """The loop, from step `begin` (or the checkpoint's) to `end`; leaves ckpt.pt and log.csv in s.out.
 
-    features: those of `cached_features`, or None to run the trunk on the pixels; rows: where each photo's are.
+    features: those of `cached_features`, or None to run the trunk on the pixels; rows: where each photo's are; monitor: a
+    function of the net whose number is logged with each checkpoint.
     """
     main, out = rank == 0, Path(s.out)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -426,7 +429,9 @@ def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1):
                 raise InputError(blame(photos, stream, done, pending, out))
         if main and logs:
             rate = (done - first) * s.batch / (time.perf_counter() - start)
-            log.write(done, done * s.batch, float(np.mean(pending)), lr, rate, end)
+            watched = monitor(net.eval()) if monitor and (done % s.save_every == 0 or done == end) else ""
+            log.write(done, done * s.batch, float(np.mean(pending)), lr, rate, watched, end)
+            net.train()
         if done % s.log_every == 0:
             pending = []
         if main and saves:
@@ -495,22 +500,32 @@ def blame(photos, stream, done, losses, out):
 
 class Log:
     """log.csv and a fixed-width line on stdout. Resuming drops the rows that the run will write again."""
+    columns = ["step", "samples", "loss", "lr", "images_per_s", "mean_iou"]
 
     def __init__(self, path, first, every):
         rows = list(csv.reader(path.read_text(errors="replace").splitlines())) if first and path.exists() else []
-        kept = [row for row in rows[1:] if len(row) == 5 and row[0].isdecimal() and int(row[0]) <= first
+        kept = [row for row in rows[1:] if len(row) == len(self.columns) and row[0].isdecimal() and int(row[0]) <= first
                 and int(row[0]) % every == 0]
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([["step", "samples", "loss", "lr", "images_per_s"], *kept])
+        csv.writer(text).writerows([self.columns, *kept])
         data.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
         self.path = path
         print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
 
-    def write(self, step, samples, loss, lr, rate, steps):
+    def write(self, step, samples, loss, lr, rate, iou, steps):
         with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow([step, samples, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}"])
+            csv.writer(file).writerow([step, samples, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}", iou and f"{iou:.2f}"])
         left = (steps - step) * samples / step / rate
         print(f"{step:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
+
+
+def draw_curves(out):
+    """log.csv as curves.png: the loss, and the mean IoU where it was watched (only the toy has masks to watch)."""
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    curves = {"loss": "loss by step", "mean_iou": "mean IoU of base by step, %"}
+    points = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in curves}
+    sheet = Image.fromarray(np.vstack([eval_voc.plot({curves[name]: line}, "") for name, line in points.items() if line]))
+    data.write_atomically(out / "curves.png", lambda file: sheet.save(file, "png"))
 
 
 def bench(net, photos, s, device, batches=4):
@@ -570,6 +585,7 @@ def finish(preset, net, photos, s):
         report = eval_voc.ladder(net, samples, ckpt["thresholds"])
         eval_voc.print_ladder(report)
         eval_voc.write_json(out / "scores.json", report)
+    draw_curves(out)
     infer.save_panel(out / "panel.png", net, samples[:6])
 
 
@@ -613,7 +629,9 @@ def main():
         if world > 1:
             dist.barrier()
         features = cached_features(net, photos, s, device) if rank else features
-    train(net, photos, features, range(len(photos)), s, device, 0, s.steps, rank, world)
+    scenes = data.toy_scenes(s.seed, s.toy_scenes) if preset == "toy" else None         # the one set with truth at hand
+    watch = scenes and (lambda net: eval_voc.ladder(net, scenes, priors=())["rows"]["base"]["mean_iou_defined"])
+    train(net, photos, features, range(len(photos)), s, device, 0, s.steps, rank, world, watch)
     for turn in range(s.self_rounds if s.self_steps else 0):
         own, begin = out / f"self{turn + 1}", s.steps + turn * s.self_steps
         if rank == 0 and not (s.resume and infer.read_checkpoint(out / "ckpt.pt")["step"] > begin):
