@@ -11,6 +11,7 @@
 Letters in shape comments: B batch, K classes, H W pixels, h w cells, D channels.
 """
 import argparse
+import functools
 import math
 import os
 import sys
@@ -34,14 +35,6 @@ class Row(NamedTuple):
     dilation: int = 1
 
 
-def conv(out, kernel, stride=1, pad=0):
-    return Row("conv", out, kernel, stride, pad)
-
-
-def pool(kernel, stride):
-    return Row("pool", 0, kernel, stride)
-
-
 class Trunk(NamedTuple):
     rows: list                               # rows whose spatial arithmetic is all this file needs to know
     mean: tuple                              # its own input normalisation, of RGB in 0..255
@@ -52,16 +45,18 @@ class Trunk(NamedTuple):
     weights_url: str | None = None           # where its public weights are; "": a file that the user has; None: there are none
 
 
+conv = functools.partial(Row, "conv")        # (out, kernel, stride=1, pad=0)
+pool = functools.partial(Row, "pool", 0)     # (kernel, stride)
 _VGG16 = [row for width, times in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
           for row in [conv(width, 3, pad=1)] * times + [pool(2, 2)]][:-1]
+_OVERFEAT = dict(mean=(118.380948,) * 3, std=(61.896913,) * 3, head=(1024, 768, 512), size=400, weights_url="")
+OVERFEAT_BYTES = {"overfeat": 578_625_952, "overfeat-fast": 583_683_488}     # of net_weight_1 and net_weight_0, whole
 TRUNKS = {
     # Section 3: OverFeat's "accurate" net up to its sixth convolution, before the third pool; 18,916,480 parameters.
     "overfeat": Trunk([conv(96, 7, 2), pool(3, 3), conv(256, 7), pool(2, 2), conv(512, 3, pad=1), conv(512, 3, pad=1),
-                       conv(1024, 3, pad=1), conv(1024, 3, pad=1)],
-                      (118.380948,) * 3, (61.896913,) * 3, (1024, 768, 512), 400, weights_url=""),
+                       conv(1024, 3, pad=1), conv(1024, 3, pad=1)], **_OVERFEAT),
     "overfeat-fast": Trunk([conv(96, 11, 4), pool(2, 2), conv(256, 5), pool(2, 2), conv(512, 3, pad=1),
-                            conv(1024, 3, pad=1), conv(1024, 3, pad=1)],
-                           (118.380948,) * 3, (61.896913,) * 3, (1024, 768, 512), 400, weights_url=""),
+                            conv(1024, 3, pad=1), conv(1024, 3, pad=1)], **_OVERFEAT),
     # VGG16's 13 convolutions, without its fifth pool. --dense 2 sees pool 4 and conv5 at stride 8.
     "vgg16": Trunk(_VGG16, (123.0, 117.0, 104.0), (1.0, 1.0, 1.0), (256,), 320, 0.1,
                    "https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth"),
@@ -78,25 +73,21 @@ def out_size(n, rows):
     return n
 
 
-def in_size(cells, rows):
-    """Smallest input side, in pixels, that gives this many cells."""
-    for row in reversed(rows):
-        cells = (cells - 1) * row.stride + row.dilation * (row.kernel - 1) + 1 - 2 * row.pad
-    return cells
-
-
 def geometry(rows):
-    """(stride, receptive field, centre): cell i looks at a window of that many pixels centred on centre + stride * i.
-
-    All in pixels of the input, 0-based; the centre is a half-integer where a window has an even side.
-    """
-    stride, field, centre = 1, 1, 0.0
+    """(stride, receptive field, centre) in pixels: cell i sees the window of side field around pixel centre + stride * i."""
+    stride, field, centre = 1, 1, 0.0                      # a half-integer centre: even windows lie between two pixels
     for row in rows:
         reach = row.dilation * (row.kernel - 1)
         field += reach * stride
         centre += (reach / 2 - row.pad) * stride
         stride *= row.stride
     return stride, field, centre
+
+
+def in_size(cells, rows):
+    """Smallest input side, in pixels, that gives this many cells: from the first window's start to the last one's end."""
+    stride, _, centre = geometry(rows)
+    return int(stride * (cells - 1) + 2 * centre + 1)
 
 
 def centring(n, rows):
@@ -115,17 +106,14 @@ def dense_rows(rows, factor):
     One pass of these rows equals the factor**2 passes over shifted inputs that the paper stitches together.
     Raises ValueError where factor does not divide the stride.
     """
-    left = factor
-    removed = []
-    for row in reversed(rows):                            # take the factor out of the last strides first
-        removed.insert(0, math.gcd(left, row.stride))
-        left //= removed[0]
-    if left != 1 or factor < 1:
-        raise ValueError(f"dense {factor}: it must divide the stride, {geometry(rows)[0]}")
-    dense, dilation = [], 1
-    for row, gone in zip(rows, removed):
-        dense.append(row._replace(stride=row.stride // gone, pad=row.pad * dilation, dilation=row.dilation * dilation))
-        dilation *= gone
+    stride, dilation, dense = geometry(rows)[0], 1, []
+    if factor < 1 or stride % factor:
+        raise ValueError(f"dense {factor}: it must divide the stride, {stride}")
+    step = stride // factor                               # what remains to stride over: the last strides are removed
+    for row in rows:
+        kept = math.gcd(step, row.stride)
+        dense.append(row._replace(stride=kept, pad=row.pad * dilation, dilation=row.dilation * dilation))
+        step, dilation = step // kept, dilation * row.stride // kept
     return dense
 
 
@@ -139,19 +127,19 @@ def peak_bytes(rows, height, width):
 
 
 def table(rows, n):
-    """One dict per row for an input of n x n pixels: cells, channels, parameters, multiply-adds (GMAC)."""
+    """The layer table for an input of n x n pixels: one dict per row, whose keys are the column heads; lengths in pixels."""
     channels, lines = 3, []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, 1):
         n = out_size(n, [row])
-        stride, field, centre = geometry(rows[:i + 1])
-        weights = row.out * channels * row.kernel ** 2 if row.kind == "conv" else 0
+        weights = row.out * channels * row.kernel ** 2             # 0 in a pool
         channels = row.out or channels
-        lines.append(dict(row=row, cells=n, channels=channels, parameters=weights and weights + row.out,
-                          gmac=weights * n * n / 1e9, stride=stride, field=field, centre=centre))
+        step, field, centre = geometry(rows[:i])
+        lines.append(dict(kernel=row.kernel, stride=row.stride, pad=row.pad, cells=n, channels=channels,
+                          parameters=weights + row.out, GFLOPs=2e-9 * weights * n * n, step=step, field=field, centre=centre))
     return lines
 
 
-# ---------------------------------------------------------------- aggregation: score map -> image scores (section 3)
+# ---------------------------------------------------------------- the network (section 3)
 
 def lse(scores, r):
     """Log-Sum-Exp over the cells, Eq. 6: (1/r) log mean exp(r s). Large r tends to max, small r to mean.
@@ -180,24 +168,20 @@ def tag_loss(image_scores, tags, form="softmax"):
     return F.cross_entropy(image_scores, tags / tags.sum(1, keepdim=True))
 
 
-# ---------------------------------------------------------------- the network
-
 class Net(nn.Module):
     """Trunk, head and aggregation. Freezes the trunk but for its last `train_convs` convolutions (-1: trains all).
 
     trunk: a key of TRUNKS. head: widths of its hidden convolutions; one with `classes` outputs follows. kernels: their
-    sides, the last for all that remain.
-    generator: a CPU torch.Generator for the initial weights.
+    sides, the last for all that remain. generator: a CPU torch.Generator for the initial weights.
     """
 
     def __init__(self, trunk="overfeat", classes=21, head=None, kernels=(3,), aggregation="lse", r=5.0, dropout=0.5,
                  train_convs=0, generator=None):
         super().__init__()
-        self.spec, self.r, self.dropout = TRUNKS[trunk], r, dropout
-        self.pool_scores = AGGREGATIONS[aggregation]
-        widths = list(self.spec.head if head is None else head) + [classes]
-        kernels = list(kernels) + [kernels[-1]] * len(widths)
-        self.head_rows = [conv(width, kernel) for width, kernel in zip(widths, kernels)]   # Table 1: unpadded, 3x3
+        self.spec, self.dropout, self.pool_scores, self.r = TRUNKS[trunk], dropout, AGGREGATIONS[aggregation], r
+        widths = [*(self.spec.head if head is None else head), classes]
+        self.head_rows = [conv(width, kernels[min(i, len(kernels) - 1)]) for i, width in enumerate(widths)]      # Table 1
+        self.rows = self.spec.rows + self.head_rows
         convs, channels = nn.ModuleList(), 3
         for row in self.rows:
             if row.kind == "conv":
@@ -207,27 +191,24 @@ class Net(nn.Module):
                 channels = row.out
         convs[-1].weight.data *= 0.1                               # near-uniform class probabilities at the start
         self.trunk, self.head = convs[:-len(widths)], convs[-len(widths):]
+        self.frozen_convs = len(self.trunk) - train_convs if train_convs >= 0 else 0
         places = [i for i, row in enumerate(self.spec.rows) if row.kind == "conv"] + [len(self.spec.rows)]
-        self.cut = places[-1 - train_convs] if train_convs >= 0 else 0    # rows before it are frozen
-        self.frozen_convs = sum(row.kind == "conv" for row in self.spec.rows[:self.cut])
+        self.cut = places[self.frozen_convs]                       # rows before it are frozen
         self.trunk[:self.frozen_convs].requires_grad_(False)
         self.register_buffer("mean", torch.tensor(self.spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.spec.std).view(1, 3, 1, 1), persistent=False)
 
-    @property
-    def rows(self):
-        return self.spec.rows + self.head_rows
-
-    def run(self, x, rows, convs):
+    def run(self, x, rows, convs, dropout=0.0):
         """Apply rows, with the convolutions' weights in order. Dilated rows reuse the weights as they are."""
         convs = iter(convs)
         for row in rows:
             if row.kind == "pool":
                 x = F.max_pool2d(x, row.kernel, row.stride, dilation=row.dilation)
-            else:
-                layer = next(convs)
-                x = F.conv2d(x, layer.weight, layer.bias, row.stride, row.pad, row.dilation)
-                x = x if layer is self.head[-1] else F.relu_(x)    # Eq. 1: none after the last
+                continue
+            layer = next(convs)
+            x = F.conv2d(x, layer.weight, layer.bias, row.stride, row.pad, row.dilation)
+            if layer is not self.head[-1]:                         # Eq. 1: nothing after the last
+                x = F.dropout(F.relu_(x), dropout)
         return x
 
     def normalise(self, images):
@@ -242,11 +223,7 @@ class Net(nn.Module):
     def scores(self, features):
         """features from `frozen` -> score map s (B, K, h, w), Eq. 1."""
         x = self.run(features, self.spec.rows[self.cut:], self.trunk[self.frozen_convs:]) * self.spec.feature_scale
-        for row, layer in zip(self.head_rows, self.head):
-            x = self.run(x, [row], [layer])
-            if layer is not self.head[-1]:
-                x = F.dropout(x, self.dropout, self.training)
-        return x
+        return self.run(x, self.head_rows, self.head, self.dropout if self.training else 0.0)
 
     def forward(self, images):
         return self.scores(self.frozen(images))
@@ -262,10 +239,9 @@ class Net(nn.Module):
         images (B, 3, H, W) in 0..255; factor: how many times finer than the stride (any divisor of it).
         Returns scores (B, K, ceil(H/step), ceil(W/step)), step and offset in pixels.
         """
-        rows = dense_rows(self.rows, factor)
-        (top, bottom, h, offset), (left, right, w, _) = (centring(n, rows) for n in images.shape[2:])
+        rows, n = dense_rows(self.rows, factor), len(self.spec.rows)
+        (top, bottom, h, offset), (left, right, w, _) = (centring(side, rows) for side in images.shape[2:])
         x = F.pad(self.normalise(images), (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)
-        n = len(self.spec.rows)
         x = self.run(x, rows[:n], self.trunk) * self.spec.feature_scale
         return self.run(x, rows[n:], self.head)[:, :, :h, :w].float(), geometry(rows)[0], offset
 
@@ -276,125 +252,66 @@ def upsample(scores, size, step, offset, seen=None):
     scores (B, K, h, w), cell i on pixel step * i + offset of the image that the net has seen, of size `seen` (H', W');
     size: (H, W) wanted, the same picture at another resolution. Returns (B, K, H, W).
     """
-    def matrix(n, cells, n_seen):
+    matrices = []                                              # (H, h) and (W, w)
+    for n, cells, n_seen in zip(size, scores.shape[2:], seen or size):
         at = ((torch.arange(n, device=scores.device) + 0.5) * (n_seen / n) - 0.5 - offset) / step
         gap = at.clamp(0, cells - 1)[:, None] - torch.arange(cells, device=scores.device)
-        return (1 - gap.abs()).clamp(min=0).to(scores.dtype)
-    rows, columns = (matrix(*sides) for sides in zip(size, scores.shape[2:], seen or size))           # (H, h), (W, w)
-    return rows @ scores @ columns.T
+        matrices.append((1 - gap.abs()).clamp(min=0).to(scores.dtype))
+    return matrices[0] @ scores @ matrices[1].T
 
 
 # ---------------------------------------------------------------- weights of the public trunks
 
-OVERFEAT_BYTES = {"overfeat": 578_625_952, "overfeat-fast": 583_683_488}     # net_weight_1 and net_weight_0, whole
+def read_overfeat(path, name, params):
+    """OverFeat's headerless little-endian float32 file, per layer the weight, then the bias -> tensors like params."""
+    need, found = 4 * sum(p.numel() for p in params), os.path.getsize(path)
+    if found not in (need, OVERFEAT_BYTES[name]):
+        sizes = ", ".join(f"{size:,} (--trunk {trunk})" for trunk, size in OVERFEAT_BYTES.items())
+        raise ValueError(f"{found:,} bytes, but OverFeat's files have {sizes}, and the part for {name} {need:,}")
+    values = torch.from_numpy(np.fromfile(path, "<f4", need // 4).astype(np.float32))
+    return [block.view_as(p) for block, p in zip(values.split([p.numel() for p in params]), params)]
 
 
-def load_overfeat(net, name, path):
-    """Fill the trunk from OverFeat's headerless little-endian float32 file: per layer the weight, then the bias.
-
-    Reads the first bytes only. Raises ValueError if the size is that of no OverFeat file, or a value is not finite.
-    """
-    need, found = 4 * sum(p.numel() for p in net.trunk.parameters()), os.path.getsize(path)
-    whole = OVERFEAT_BYTES[name]
-    if found not in (need, whole):
-        other = next((f"; this is the size of the file for --trunk {k}" for k, v in OVERFEAT_BYTES.items() if v == found), "")
-        raise ValueError(f"{path}: {found:,} bytes, but the weights of {name} have {whole:,} "
-                         f"(or the first {need:,} of them){other}; give that --weights")
-    values, at = np.memmap(path, "<f4", "r", shape=(need // 4,)), 0
-    for layer in net.trunk:
-        for p in (layer.weight, layer.bias):
-            block = np.array(values[at:at + p.numel()], np.float32)
-            if not np.isfinite(block).all():
-                raise ValueError(f"{path}: NaN or Inf among the floats {at:,} to {at + p.numel():,}; damaged file?")
-            p.data.copy_(torch.from_numpy(block).view_as(p))
-            at += p.numel()
+def read_vgg(path, url):
+    """The tensors features.N.weight and features.N.bias of a state dict, in order; N counts ReLUs and pools too."""
+    state = (torch.load(path, map_location="cpu", weights_only=True) if path else
+             torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True))
+    return [state[f"features.{n}.{part}"] for n in range(99) if f"features.{n}.weight" in state for part in ("weight", "bias")]
 
 
 def load_trunk(net, name, path=None):
-    """Load public weights into the trunk: OverFeat's raw file, or a VGG16 state dict with keys features.N.weight.
+    """Fill the trunk from OverFeat's raw file or a VGG16 state dict; path None fetches VGG16's and checks its hash.
 
-    path: a file; None fetches VGG16's from its public address (checked against the hash in its name).
     Raises ValueError naming the file, what was found and what was expected.
     """
-    if not path and not net.spec.weights_url:
+    params, url = list(net.trunk.parameters()), net.spec.weights_url
+    if not path and not url:
         raise ValueError(f"trunk {name} needs --weights FILE (see 'Weights' in README.md)")
-    if path and not os.path.isfile(path):
-        raise ValueError(f"{path}: no such weights file; give the right --weights (vgg16's are fetched without one)")
-    if name in OVERFEAT_BYTES:
-        return load_overfeat(net, name, path)
-    if path:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:                        # torch raises half a dozen kinds, with pages of text
-            raise ValueError(f"{path}: not a PyTorch state dict ({type(e).__name__}); expected {name}'s") from e
-    else:
-        try:
-            state = torch.hub.load_state_dict_from_url(net.spec.weights_url, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        except OSError as e:
-            raise ValueError(f"{net.spec.weights_url}: cannot fetch ({e}); give the file with --weights FILE") from e
     try:
-        keys = [k.removesuffix(".weight") for k in state if k.startswith("features.") and k.endswith(".weight")]
-        keys.sort(key=lambda k: int(k.split(".")[1]))
-        shapes = [tuple(state[f"{k}.{part}"].shape) for k in keys for part in ("weight", "bias")]
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: not a state dict of {name} ({e}); expected features.N.weight and features.N.bias") from e
-    if shapes != [tuple(p.shape) for layer in net.trunk for p in (layer.weight, layer.bias)]:
-        raise ValueError(f"{path}: {len(keys)} convolutions {shapes[:2]}..., expected the {len(net.trunk)} of {name}")
-    for key, layer in zip(keys, net.trunk):
-        layer.weight.data.copy_(state[key + ".weight"])
-        layer.bias.data.copy_(state[key + ".bias"])
-        if not (layer.weight.isfinite().all() and layer.bias.isfinite().all()):
-            raise ValueError(f"{path}: NaN or Inf in {key}; damaged file?")
+        blocks = read_overfeat(path, name, params) if name in OVERFEAT_BYTES else read_vgg(path, url)
+        if [b.shape for b in blocks] != [p.shape for p in params]:
+            raise ValueError(f"{len(blocks) // 2} convolutions, of other shapes")
+        if not all(b.isfinite().all() for b in blocks):
+            raise ValueError("NaN or Inf among its weights: damaged?")
+    except Exception as e:                            # torch raises half a dozen kinds, with pages of text
+        why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
+        raise ValueError(f"{path or url}: cannot {'read' if path else 'fetch'} ({why}); expected the {len(params) // 2} "
+                         f"convolutions of {name}, give the file with --weights FILE") from e
+    for p, block in zip(params, blocks):
+        p.data.copy_(block)
 
+
+# ---------------------------------------------------------------- devices, and rates on this machine
 
 def pick_device(name="auto"):
     """The one place that chooses: "auto" takes CUDA, then MPS (Apple), then the CPU; or a torch device by name."""
+    known = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    known = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
+        name = next(kind for kind, count in known.items() if count)
     kind, _, index = name.partition(":")
     if int(index or 0) >= known.get(kind, 0):                     # argparse turns the ValueError of int() into its own line
         raise argparse.ArgumentTypeError(f"there is no device '{name}' here; give auto, or one of {known} (name: how many)")
     return torch.device(name)
-
-
-# ---------------------------------------------------------------- the table
-
-def summary(name):
-    """(stride, field, parameters of trunk and of head, GFLOPs of trunk and of head) with the default head and 21 classes."""
-    spec = TRUNKS[name]
-    lines = table(Net(name).rows, spec.size)
-    parts = lines[:len(spec.rows)], lines[len(spec.rows):]
-    return (lines[-1]["stride"], lines[-1]["field"], *(sum(x["parameters"] for x in part) for part in parts),
-            *(2 * sum(x["gmac"] for x in part) for part in parts))
-
-
-def describe(name):
-    """Print the layer table of a trunk with its default head, at its training size (Table 1 of the paper for overfeat)."""
-    spec = TRUNKS[name]
-    print(f"\n{name}: input {spec.size}x{spec.size}\n{'':10} {'kernel':>6} {'stride':>6} {'pad':>4} {'cells':>9} {'channels':>8} "
-          f"{'parameters':>11} {'GFLOPs':>7} {'step':>5} {'field':>5} {'centre':>6}")
-    for i, line in enumerate(table(Net(name).rows, spec.size)):
-        row, part = line["row"], "trunk" if i < len(spec.rows) else "head"
-        print(f"{part + ' ' + row.kind:10} {row.kernel:6} {row.stride:6} {row.pad:4} {line['cells']:4}x{line['cells']:<4} "
-              f"{line['channels']:8} {line['parameters']:11,} {2 * line['gmac']:7.2f} {line['stride']:5} {line['field']:5} "
-              f"{line['centre']:6g}")
-
-
-def stitched(net, images, factor):
-    """What the paper does, for comparison: factor**2 passes over shifted inputs, interleaved. Shapes as Net.dense."""
-    rows = dense_rows(net.rows, factor)
-    step = geometry(rows)[0]
-    (top, bottom, h, _), (left, right, w, _) = (centring(n, rows) for n in images.shape[2:])
-    x = F.pad(net.normalise(images), (left, right, top, bottom))
-    out = x.new_zeros(len(x), net.head_rows[-1].out, h, w)
-    for dy in range(factor):
-        for dx in range(factor):
-            features = net.run(x[:, :, dy * step:, dx * step:], net.spec.rows, net.trunk) * net.spec.feature_scale
-            part, place = net.run(features, net.head_rows, net.head), out[:, :, dy::factor, dx::factor]
-            place.copy_(part[:, :, :place.shape[2], :place.shape[3]])
-    return out
 
 
 def memory(device):
@@ -408,59 +325,60 @@ def memory(device):
 def rate(f, device, seconds=3.0):
     """Calls of f per second, after a first one that is not counted."""
     f()
-    n, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    n, spent, start = 0, 0.0, time.perf_counter()
+    while spent < seconds:
         f()
-        n += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return n / (time.perf_counter() - start)
+        n, spent = n + 1, time.perf_counter() - start
+    return n / spent
 
 
-def bench(name, batch=4):
-    """Measured images/s of the trunk alone, fp32 and bf16, each beside a matrix product's rate in the same process;
-    and seconds of one dense pass over a 500x375 image beside the shifted passes that it replaces.
-    """
-    device, spec = pick_device(), TRUNKS[name]
-    net = Net(name).to(device).to(memory_format=torch.channels_last)
-    images = torch.randint(0, 256, (batch, 3, spec.size, spec.size), dtype=torch.uint8, device=device)
-    flops = summary(name)[4] * 1e9
+def print_row(name, *cells):
+    """A name and right-aligned columns: integers with thousands separated, floats to two places."""
+    form = {str: "", int: ",", float: ",.2f"}
+    print(f"{name:13}", *(f"{cell:>10{form[type(cell)]}}" for cell in cells))
 
+
+def bench(name, net, device, gflops, batch=4):
+    """Print images/s of the trunk in fp32 and bf16, beside a matrix product's rate, and of dense beside shifted passes."""
+    images = torch.randint(0, 256, (batch, 3, net.spec.size, net.spec.size), dtype=torch.uint8, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, device=device).to(dtype)
-        peak = rate(lambda: a @ a, device) * 2 * 2048 ** 3
+        peak = rate(lambda: a @ a, device) * 2e-9 * 2048 ** 3
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             speed = rate(lambda: net.frozen(images), device) * batch
-        print(f"{name} trunk on {device}, {str(dtype)[6:]}: {speed:.2f} images/s, {speed * flops / 1e9:.0f} GFLOP/s, "
-              f"{speed * flops / peak:.2f} of a matrix product's {peak / 1e9:.0f}")
-    photo = torch.randint(0, 256, (1, 3, 375, 500), dtype=torch.uint8, device=device)
-    with torch.no_grad():
-        for factor in (f for f in (2, 3, 4) if geometry(net.rows)[0] % f == 0):
-            fast, slow = rate(lambda: net.dense(photo, factor), device), rate(lambda: stitched(net, photo, factor), device)
-            print(f"{name} dense {factor}: {1 / fast:.2f} s for 500x375, shift-and-stitch {1 / slow:.2f} s, "
-                  f"{fast / slow:.1f} times as fast")
+        print(f"{name} trunk on {device}, {str(dtype)[6:]}: {speed:.2f} images/s, {speed * gflops:.0f} GFLOP/s, "
+              f"{speed * gflops / peak:.2f} of a matrix product's {peak:.0f}")
+    stride, photo = geometry(net.rows)[0], images.new_zeros(1, 3, 375, 500)
+    for factor in (f for f in (2, 3, 4) if stride % f == 0):
+        shifts = range(0, stride, stride // factor)
+        dense = rate(lambda: net.dense(photo, factor), device)
+        stitch = rate(lambda: [net.dense(photo[:, :, dy:, dx:]) for dy in shifts for dx in shifts], device)
+        print(f"{name} dense {factor}: {1 / dense:.2f} s for 500x375, shift-and-stitch {1 / stitch:.2f} s, "
+              f"{dense / stitch:.1f} times as fast")
 
 
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trunk", nargs="?", choices=list(TRUNKS), help="print its layer table; without it, list all")
     parser.add_argument("--bench", action="store_true", help="also measure images per second on this machine")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists the options)\n")
-    args = parser.parse_args()
-    print(f"{'trunk':14} {'stride':>6} {'field':>6} {'trunk parameters':>17} {'head parameters':>16} {'GFLOPs trunk':>13} "
-          f"{'head':>6} {'images/s':>9}")
+    args, device = parser.parse_args(), pick_device()
+    print_row("trunk", "stride", "field", "parameters", "+ head", "GFLOPs", "+ head", "images/s")
     for name in [args.trunk] if args.trunk else TRUNKS:
-        stride, field, p_trunk, p_head, f_trunk, f_head = summary(name)
-        device, size = pick_device(), TRUNKS[name].size
-        net, image = Net(name).to(device).to(memory_format=torch.channels_last).eval(), torch.zeros(1, 3, size, size, device=device)
-        with torch.no_grad():
-            speed = rate(lambda: net(image), device, 1.0)
-        print(f"{name:14} {stride:6} {field:6} {p_trunk:17,} {p_head:16,} {f_trunk:13.2f} {f_head:6.2f} {speed:9.2f}")
-    if args.trunk:
-        describe(args.trunk)
-    for name in [args.trunk] if args.trunk else TRUNKS:
+        net = Net(name).to(device).to(memory_format=torch.channels_last).eval()
+        size, n = net.spec.size, len(net.spec.rows)
+        lines, image = table(net.rows, size), torch.zeros(1, 3, size, size, device=device)
+        sums = [sum(x[key] for x in part) for key in ("parameters", "GFLOPs") for part in (lines[:n], lines[n:])]
+        print_row(name, lines[-1]["step"], lines[-1]["field"], *sums, rate(lambda: net(image), device, 1.0))
+        if args.trunk:
+            print_row(f"\n{size}x{size} px in", *lines[0])
+            for i, line in enumerate(lines):
+                print_row(f"{'trunk' if i < n else 'head'} {net.rows[i].kind}", *line.values())
         if args.bench:
-            bench(name)
+            bench(name, net, device, sums[2])
 
 
 if __name__ == "__main__":
