@@ -97,45 +97,31 @@ def variants(matrices, void_matrices):
             "void counted as background": np.nanmean(measures(sum(void_matrices))[0])}
 
 
-def compare(truth_path, prediction_path, classes, void_too=False):
-    """Confusion of two files, and with void_too a second one with void as background."""
-    truth, prediction = data.read_labels(truth_path), data.read_labels(prediction_path)
-    with data.reading(prediction_path, "labels of the photograph's size"):
-        return (confusion(truth, prediction, classes),
-                confusion(np.where(truth == VOID, 0, truth), prediction, classes) if void_too else 0)
-
-
-def attempt(function, items, problems=()):
-    """Map over items on all cores -> results; every InputError, and the problems known before, are raised together as one."""
-    problems, found = list(problems), []
-
+def attempt(function, items):
+    """Map over items on all cores -> results; what is wrong with any of them is raised as one InputError."""
     def safely(item):
         try:
             return function(item)
         except InputError as e:
-            found.append(str(e))
+            return e
     with ThreadPoolExecutor() as pool:
-        results = list(data.progress(pool.map(safely, items), "checked", len(items) or 1))
-    if found:
-        problems.append(f"{len(found)} of {len(items)} files cannot be used: " + "; ".join(sorted(found)))
-    if problems:
-        raise InputError("; ".join(problems))
+        results = list(data.progress(pool.map(safely, items), "checked", len(items)))
+    wrong = [str(result) for result in results if isinstance(result, InputError)]
+    if wrong:
+        raise InputError(f"{len(wrong)} of {len(items)} files cannot be used: {'; '.join(wrong[:20])}"
+                         + " ..." * (len(wrong) > 20))
     return results
 
 
-def missing(folder, ids):
-    """[one line that lists the ids whose label file is not there], or []."""
-    gone = [i for i in ids if not Path(folder, f"{i}.png").is_file()]
-    return [f"{folder}: {len(gone)} of {len(ids)} label files are missing: {', '.join(gone[:20])}"
-            f"{' ...' if len(gone) > 20 else ''}; run infer.py on the whole set"] if gone else []
-
-
 def score(folder, voc, name, classes, void_too=False):
-    """Score a folder of label PNGs against a set's truth: (confusions of single images, those with void counted)."""
-    ids = data.voc_ids(voc, name)
-    files = [(Path(voc, "SegmentationClass", f"{i}.png"), Path(folder, f"{i}.png")) for i in ids]
-    files = [pair for pair in files if pair[1].is_file()]                       # go on, to list all problems at once
-    return list(zip(*attempt(lambda pair: compare(*pair, len(classes), void_too), files, missing(folder, ids))))
+    """Score a folder of label PNGs against a set's truth: (confusions of single images, those with void as background)."""
+    def compare(i):
+        path, truth = Path(folder, f"{i}.png"), data.read_labels(Path(voc, "SegmentationClass", f"{i}.png"))
+        labels = data.read_labels(path)
+        with data.reading(path, "labels as infer.py writes them"):
+            void = confusion(np.where(truth == VOID, 0, truth), labels, len(classes)) if void_too else 0
+            return confusion(truth, labels, len(classes)), void
+    return list(zip(*attempt(compare, data.voc_ids(voc, name))))
 
 
 def print_score(report, matrix, classes):
@@ -246,49 +232,44 @@ def print_ladder(report):
         print(f"tags: mean average precision {report['mean_average_precision']:.1f}")
 
 
-def plot(series, title, rows=None):
+def plot(series, rows=None):
     """A chart as a PIL image: {name: [(x, y), ...]}, all >= 0, as lines, or as dots on named rows (y is a row's index)."""
-    colours = ["#9e9e9e", "#4c78a8", "#54a24b", "#eeca3b", "#b279a2", "#e45756", "#000000"]
-    left, top, width, face = 300, 110, 1180, ImageFont.load_default(30)         # drawn at twice the size: smooth edges
-    height = 44 * len(rows) if rows else 460
-    sheet = Image.new("RGB", (left + width + 120, top + height + 60), "white")
-    draw = ImageDraw.Draw(sheet)
-    x_high, y_high = (max(v) for v in zip(*[point for points in series.values() for point in points]))
+    colours = ["#4c78a8", "#9e9e9e", "#54a24b", "#eeca3b", "#b279a2", "#e45756", "#000000"]
+    left, top, width, height = 300, 70, 1180, 44 * len(rows) if rows else 460  # drawn at twice the size: smooth edges
+    sheet, face = Image.new("RGB", (left + width + 120, top + height + 60), "white"), ImageFont.load_default(30)
+    draw, (x_high, y_high) = ImageDraw.Draw(sheet), np.max([point for line in series.values() for point in line], 0) + 1e-9
 
     def at(x, y):
-        return left + width * x / (x_high or 1), top + (44 * (y + 0.5) if rows else height * (1 - y / (y_high or 1)))
+        return left + width * x / x_high, top + (44 * (y + 0.5) if rows else height * (1 - y / y_high))
 
     def ticks(high):
-        step = next(10.0 ** e * m for e in range(-6, 9) for m in (1, 2, 5) if 10.0 ** e * m * 6 >= high)
-        return np.arange(0, high + step / 1e3, step)
+        step = next(10.0 ** e * m for e in range(-9, 9) for m in (1, 2, 5) if 10.0 ** e * m * 6 >= high)
+        return np.arange(0, high, step)
     for x in ticks(x_high):
         draw.line([(at(x, 0)[0], top), (at(x, 0)[0], top + height)], "#e0e0e0", 2)
         draw.text((at(x, 0)[0], top + height + 8), f"{x:g}", "black", face, anchor="ma")
     for y, name in enumerate(rows) if rows else [(y, f"{y:g}") for y in ticks(y_high)]:
         draw.line([at(0, y), at(x_high, y)], "#e0e0e0", 2)
         draw.text((left - 14, at(0, y)[1]), name, "black", face, anchor="rm")
-    draw.text((14, 10), title, "black", face)
     x = left
-    for colour, (name, points) in zip(colours if rows else colours[1:], series.items()):
+    for colour, (name, line) in zip(colours, series.items()):
+        points = [at(*point) for point in line]
         if not rows:
-            draw.line([at(*point) for point in points], colour, 5, "curve")
-        for px, py in [at(*point) for point in points] if rows else []:
+            draw.line(points, colour, 5, "curve")
+        for px, py in [*(points if rows else []), (x, 34)]:                    # the last one: legend
             draw.ellipse((px - 10, py - 10, px + 10, py + 10), colour, "white", 2)
-        draw.ellipse((x, 64, x + 24, 88), colour)
-        draw.text((x + 34, 60), name, "black", face)
-        x += 74 + draw.textlength(name, face)
+        draw.text((x + 20, 34), name, "black", face, anchor="lm")
+        x += 70 + draw.textlength(name, face)
     return sheet.resize((sheet.width // 2, sheet.height // 2), Image.LANCZOS)
 
 
 def draw_ladder(path, report):
-    """Write every class's IoU on every rung, and for VOC the paper's best row, as a picture."""
-    classes, rungs = report["classes"], {row: r["iou"] for row, r in report["rows"].items()}
-    if classes == data.VOC_CLASSES:
-        rungs["paper, +seg"] = dict(zip(classes, PAPER["ilp+seg"]))
-    means = {row: mean_defined(iou.values()) for row, iou in rungs.items()}
-    series = {row: [(v, i) for i, v in enumerate([means[row], *map(iou.get, classes)]) if v is not None]
-              for row, iou in rungs.items()}
-    picture = plot(series, "IoU, %", ["mean", *classes])
+    """Write every class's IoU on every rung as a picture, for VOC with the paper's best row."""
+    rungs = {row: [r["mean_iou_defined"], *r["iou"].values()] for row, r in report["rows"].items()}
+    if report["classes"] == data.VOC_CLASSES:
+        rungs["paper, +seg"] = [np.mean(PAPER["ilp+seg"]), *PAPER["ilp+seg"]]
+    dots = {row: [(v, y) for y, v in enumerate(values) if v is not None] for row, values in rungs.items()}
+    picture = plot(dots, ["mean IoU, %", *report["classes"]])
     data.write_atomically(path, lambda file: picture.save(file, "png"))
 
 
@@ -316,10 +297,11 @@ def voc_samples(voc, name, limit=0):
     if limit < 0:
         raise InputError(f"--limit {limit}: expected 0 or more")
     ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, limit).astype(int)))] if limit else ids
-    truth = Path(voc, "SegmentationClass")
-    if missing(truth, ids):
-        raise InputError(missing(truth, ids)[0])
-    return [(i, Path(voc, "JPEGImages", f"{i}.jpg"), truth / f"{i}.png") for i in ids]
+    samples = [(i, Path(voc, "JPEGImages", f"{i}.jpg"), Path(voc, "SegmentationClass", f"{i}.png")) for i in ids]
+    gone = next((path for sample in samples for path in sample[1:] if not path.is_file()), None)
+    if gone:
+        raise InputError(f"{gone}: no such file; --set {name} needs all its photographs and masks")
+    return samples
 
 
 def loaded(samples):
@@ -338,7 +320,8 @@ def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
     for _, image, truth in samples:
         scene = infer.Scene(image)
         boxes = infer.bing(image, bing)[0] if bing else infer.boxes_of(scene.segments[0], scene.regions)
-        matrix = matrix + confusion(truth, infer.vote(np.where(truth == VOID, 0, truth), scene.regions).astype(np.uint8), classes)
+        best = infer.vote(np.where(truth == VOID, 0, truth), scene.regions)
+        matrix = matrix + confusion(truth, best.astype(np.uint8), classes)
         for k in set(np.unique(truth)) - {0, VOID}:
             parts = ndimage.label(truth == k)[0]
             for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
@@ -349,47 +332,17 @@ def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
     return matrix, np.array(objects).reshape(-1, 2)
 
 
-# ---------------------------------------------------------------- submission
-
-def submit(folder, voc, name, out):
-    """Check every label file of a test set (id, size, palette, range) and pack them for the evaluation server."""
-    ids = data.voc_ids(voc, name)
-
-    def check(pair):
-        i, path = pair
-        labels = data.read_labels(path)
-        with Image.open(path) as image, Image.open(Path(voc, "JPEGImages", f"{i}.jpg")) as photo:
-            if image.mode != "P":
-                raise InputError(f"{path}: grey indices; the server wants VOC's palette, as infer.py writes it")
-            if image.size != photo.size:
-                raise InputError(f"{path}: {image.size[0]}x{image.size[1]} pixels, its photograph has "
-                                 f"{photo.size[0]}x{photo.size[1]}")
-        if labels.max() >= len(data.VOC_CLASSES):
-            raise InputError(f"{path}: holds index {labels.max()}; every pixel must be labelled 0..20")
-        return i, path.read_bytes()
-    if missing(folder, ids):
-        raise InputError(missing(folder, ids)[0])
-    files = attempt(check, [(i, Path(folder, f"{i}.png")) for i in ids])
-
-    def pack(file):
-        with tarfile.open(fileobj=file, mode="w:gz") as tar:
-            for i, content in files:
-                entry = tarfile.TarInfo(f"results/VOC2012/Segmentation/comp6_{name}_cls/{i}.png")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-    data.write_atomically(out, pack)
-    return len(files)
-
+# ---------------------------------------------------------------- commands
 
 def read_classes(path):
     """Class names, background first: VOC's, those of a checkpoint (.pt), or one a line of a text file."""
     if not path:
         return data.VOC_CLASSES
-    if Path(path).suffix == ".pt":
-        return infer.read_checkpoint(path)["classes"]
-    names = data.read_lines(path, "one class name a line, background first")
-    if not 2 <= len(names) <= VOID or len(set(names)) != len(names):
-        raise InputError(f"{path}: {len(names)} class names; expected 2 to {VOID} different ones, one a line")
+    expected = f"2 to {VOID} different class names, one a line, background first"
+    names = (infer.read_checkpoint(path)["classes"] if path.endswith(".pt") else
+             [" ".join(row) for row in data.read_rows(path, expected)])
+    if not 2 <= len(set(names)) == len(names) <= VOID:
+        raise InputError(f"{path}: {len(names)} class names, {len(set(names))} of them different; expected {expected}")
     return names
 
 
@@ -452,7 +405,26 @@ def run_proposals(args):
 
 
 def run_submit(args):
-    print(f"{args.out}: {submit(args.folder, args.voc, args.set, args.out)} label maps; upload as comp6")
+    """Check every label file of a test set (id, size, palette, range) and pack them for the evaluation server."""
+    def check(i):
+        path = Path(args.folder, f"{i}.png")
+        labels = data.read_labels(path)
+        with data.reading(path, "palette PNGs of the photographs' sizes, as infer.py writes them"):
+            with Image.open(path) as image, Image.open(Path(args.voc, "JPEGImages", f"{i}.jpg")) as photo:
+                if image.mode != "P" or image.size != photo.size or labels.max() >= len(data.VOC_CLASSES):
+                    raise ValueError(f"mode {image.mode}, size {image.size} where the photograph has {photo.size}, "
+                                     f"highest index {labels.max()} of 20")
+            return i, path.read_bytes()
+    files = attempt(check, data.voc_ids(args.voc, args.set))
+
+    def pack(file):
+        with tarfile.open(fileobj=file, mode="w:gz") as tar:
+            for i, content in files:
+                entry = tarfile.TarInfo(f"results/VOC2012/Segmentation/comp6_{args.set}_cls/{i}.png")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    data.write_atomically(args.out, pack)
+    print(f"{args.out}: {len(files)} label maps; upload as comp6")
 
 
 def main():

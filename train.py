@@ -524,7 +524,7 @@ def draw_curves(out):
     rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
     curves = {"loss": "loss by step", "mean_iou": "mean IoU of base by step, %"}
     points = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in curves}
-    sheet = Image.fromarray(np.vstack([eval_voc.plot({curves[name]: line}, "") for name, line in points.items() if line]))
+    sheet = Image.fromarray(np.vstack([eval_voc.plot({curves[name]: line}) for name, line in points.items() if line]))
     data.write_atomically(out / "curves.png", lambda file: sheet.save(file, "png"))
 
 
