@@ -53,7 +53,7 @@ class Settings:
     voc: str = opt("data", "", "the devkit's VOC2012 folder", free=True)
     set: str = opt("data", "train", "the VOC set to train on")
     imagenet: str = opt("data", "", "folder of <wnid>/ folders", free=True)
-    synsets: str = opt("data", "", "CSV of wnid,class in place of the built-in ILSVRC table")
+    synsets: str = opt("data", "", "CSV of wnid,class in place of assets/synsets.csv")
     images: str = opt("data", "", "folder of photographs", free=True)
     tags: str = opt("data", "", "CSV of file,tag;tag;...", free=True)
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
