@@ -311,25 +311,24 @@ def loaded(samples):
 
 
 def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
-    """What the priors could reach at best: (confusion (K, K) of superpixels that take their most frequent TRUE label,
-    objects (N, 2): area in pixels and best IoU with a proposed box). An object is a connected region of one class.
+    """What the priors could reach at best: (confusion (K, K) of superpixels that take their most frequent TRUE label, two
+    lists of (area in pixels, best IoU with a proposed box): all of a class in an image, each connected region of a class).
 
     samples: (name, image, truth); bing: folder of BING's model, else the boxes of our own segments.
     """
-    matrix, objects = 0, []
+    matrix, whole, regions = 0, [], []
     for _, image, truth in samples:
         scene = infer.Scene(image)
         boxes = infer.bing(image, bing)[0] if bing else infer.boxes_of(scene.segments[0], scene.regions)
         best = infer.vote(np.where(truth == VOID, 0, truth), scene.regions)
         matrix = matrix + confusion(truth, best.astype(np.uint8), classes)
         for k in set(np.unique(truth)) - {0, VOID}:
-            parts = ndimage.label(truth == k)[0]
-            for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
-                low, high = np.maximum(boxes[:, :2], (x.start, y.start)), np.minimum(boxes[:, 2:], (x.stop, y.stop))
-                both = np.prod(np.maximum(high - low, 0), 1)
-                one = (x.stop - x.start) * (y.stop - y.start)
-                objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max(initial=0)))
-    return matrix, np.array(objects).reshape(-1, 2)
+            for objects, parts in ((whole, (truth == k).astype(int)), (regions, ndimage.label(truth == k)[0])):
+                for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
+                    low, high = np.maximum(boxes[:, :2], (x.start, y.start)), np.minimum(boxes[:, 2:], (x.stop, y.stop))
+                    both, one = np.prod(np.maximum(high - low, 0), 1), (x.stop - x.start) * (y.stop - y.start)
+                    objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max(initial=0)))
+    return matrix, whole, regions
 
 
 # ---------------------------------------------------------------- commands
@@ -395,13 +394,14 @@ def run_ladder(args):
 
 
 def run_proposals(args):
-    matrix, objects = proposals(loaded(voc_samples(args.voc, args.set, args.limit)), args.bing)
+    matrix, whole, regions = proposals(loaded(voc_samples(args.voc, args.set, args.limit)), args.bing)
     print(f"superpixels with their most frequent true label: {100 * np.trace(matrix) / matrix.sum():.1f} % of the pixels, "
           f"mean IoU {np.nanmean(measures(matrix)[0]):.1f}")
-    for area in (100, 400, 1000, 4000):
-        best = objects[objects[:, 0] >= area, 1]
-        print(f"objects of {area} pixels or more: {100 * (best >= 0.5).sum() / max(1, len(best)):.1f} % of {len(best)} "
-              "in a box of IoU 0.5")
+    for what, objects in (("all of a class in an image", whole), ("connected regions of a class", regions)):
+        for least in (100, 400, 1000, 4000):
+            best = np.array([iou for area, iou in objects if area >= least])
+            print(f"{what}, {least} pixels or more: {100 * (best >= 0.5).sum() / max(1, len(best)):.1f} % of {len(best)} "
+                  "have a box of IoU 0.5")
 
 
 def run_submit(args):
