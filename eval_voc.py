@@ -265,7 +265,7 @@ def plot(series, rows=None):
 
 def draw_ladder(path, report):
     """Write every class's IoU on every rung as a picture, for VOC with the paper's best row."""
-    rungs = {row: [r["mean_iou_defined"], *r["iou"].values()] for row, r in report["rows"].items()}
+    rungs = {row: [r["mean_iou_defined"], *r["iou"].values()] for row, r in report["rows"].items() if "ilp " not in row}
     if report["classes"] == data.VOC_CLASSES:
         rungs["paper, +seg"] = [np.mean(PAPER["ilp+seg"]), *PAPER["ilp+seg"]]
     dots = {row: [(v, y) for y, v in enumerate(values) if v is not None] for row, values in rungs.items()}
