@@ -10,13 +10,14 @@ Writes out/<preset>/: ckpt.pt, head.pt (the same at half the precision, without 
 settings.json, curves.png, panel.png, and scores.json for the toy. Every setting is a flag (--aggregation max --steps 200);
 `--help` lists them with the presets' and the paper's values in brackets.
 """
+import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
+import functools
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import data
 import eval_voc
@@ -39,13 +41,25 @@ import infer
 from data import InputError
 from model import AGGREGATIONS, TRUNKS, geometry, in_size, load_trunk, memory, pick_device, rate, tag_loss
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # which of how many: set by torchrun
+
 
 # ---------------------------------------------------------------- settings: this block is the help
 
-def opt(group, default, text, choices=None, free=False, low=None, high=math.inf):
-    """A setting with its range; free ones may change when a run is resumed."""
-    metadata = dict(group=group, help=text, choices=choices, free=free, low=low, high=high)
-    return dataclasses.field(default=default, metadata=metadata)
+def opt(group, default, text, low=None, high=math.inf, choices=None, check=str, free=False):
+    """A setting: low <= value < high, one of choices, or what check lets pass. free: may change when a run is resumed."""
+    def convert(word):
+        try:
+            check(word)
+            value = type(default)(word)
+            if low is not None and not low <= value < high:
+                raise ValueError(f"{value}; expected {low} or more" + f", below {high}" * (high < math.inf))
+            return value
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(e) from e
+    flag = (dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else
+            dict(type=convert, choices=choices, metavar=None if choices else type(default).__name__.upper()))
+    return dataclasses.field(default=default, metadata=dict(group=group, help=text, flag=flag, free=free))
 
 
 @dataclasses.dataclass
@@ -59,47 +73,45 @@ class Settings:
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
     masks: str = opt("data", "", "folder of label PNGs to learn per pixel: true ones, or the net's own (toy: drawn)", free=True)
     cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
-    views: int = opt("data", 1, "cached views of an image: the first as it is, the others jittered", low=1)
-    limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)", low=0)
-    size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)", low=0)
-    threshold_images: int = opt("data", 100, "training images from whose tags delta is fitted", free=True, low=1)
-    toy_images: int = opt("data", 3000, "toy: training images drawn from the seed", low=1)
-    toy_scenes: int = opt("data", 30, "toy: scenes to label and score at the end", free=True, low=1)
+    views: int = opt("data", 1, "cached views of an image: the first as it is, the others jittered", 1)
+    limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)", 0)
+    size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)", 0)
+    threshold_images: int = opt("data", 100, "training images from whose tags delta is fitted", 1, free=True)
+    toy_images: int = opt("data", 3000, "toy: training images drawn from the seed", 1)
+    toy_scenes: int = opt("data", 30, "toy: scenes to label and score at the end", 1, free=True)
 
-    trunk: str = opt("model", "vgg16", "feature extractor (paper: overfeat)", list(TRUNKS))
+    trunk: str = opt("model", "vgg16", "feature extractor (paper: overfeat)", choices=list(TRUNKS))
     weights: str = opt("model", "", "the trunk's weights; vgg16's are fetched when not given", free=True)
-    train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)", low=-1)
-    head: str = opt("model", "", "hidden widths of the head, e.g. 1024,768,512 (empty: the trunk's own)")
-    kernel: str = opt("model", "3", "sides of the head's kernels, the last for all that remain (paper: 3)")
-    dense: int = opt("model", 1, "at test time the score grid is so many times finer than the stride", free=True, low=1)
-    sides: str = opt("model", "", "at test time images are brought to side*side pixels, scores averaged (empty: as they are)",
-                     free=True)
-    aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", list(AGGREGATIONS))
-    r: float = opt("model", 5.0, "sharpness of lse (paper: 5)", low=1e-6)
-    loss: str = opt("model", "softmax", "paper: softmax, Eq. 2", ["softmax", "sigmoid"])
-    dropout: float = opt("model", 0.5, "in the head (paper: 0.5)", low=0, high=1)
+    train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)", -1)
+    head: str = opt("model", "", "hidden widths of the head: 1024,768,512 (empty: the trunk's own)", check=infer.numbers)
+    kernel: str = opt("model", "3", "sides of its kernels, the last for all others (3)", check=lambda x: infer.numbers(x or "0"))
+    dense: int = opt("model", 1, "at test time the score grid is so many times finer than the stride", 1, free=True)
+    sides: str = opt("model", "", "at test time images become side x side (empty: do not)", check=infer.numbers, free=True)
+    aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", choices=list(AGGREGATIONS))
+    r: float = opt("model", 5.0, "sharpness of lse (paper: 5)", 1e-6)
+    loss: str = opt("model", "softmax", "paper: softmax, Eq. 2", choices=["softmax", "sigmoid"])
+    dropout: float = opt("model", 0.5, "in the head (paper: 0.5)", 0, 1)
 
-    optimizer: str = opt("optimiser", "sgd", "paper: sgd", ["sgd", "adam"])
-    lr: float = opt("optimiser", 1e-3, "learning rate (paper: 0.001)", low=0)
-    schedule: str = opt("optimiser", "steps", "steps: x0.8 every 5 million samples (paper); cosine: to 0 at the last step",
-                        ["steps", "cosine"])
-    momentum: float = opt("optimiser", 0.9, "SGD's, and Adam's first (paper: 0.9)", low=0, high=0.9999)
-    weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005", low=0)
-    batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)", low=1)
-    steps: int = opt("optimiser", 1000, "optimiser steps on tags (paper: about a week of them)", free=True, low=1)
-    self_steps: int = opt("optimiser", 0, "then steps on labels that the net gives the training images", free=True, low=0)
-    self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", free=True, low=0)
-    balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies", low=0)
+    optimizer: str = opt("optimiser", "sgd", "paper: sgd", choices=["sgd", "adam"])
+    lr: float = opt("optimiser", 1e-3, "learning rate (paper: 0.001)", 0)
+    schedule: str = opt("optimiser", "steps", "paper: steps, x0.8 every 5 million samples", choices=["steps", "cosine"])
+    momentum: float = opt("optimiser", 0.9, "SGD's, and Adam's first (paper: 0.9)", 0, 1)
+    weight_decay: float = opt("optimiser", 5e-5, "paper: 0.00005", 0)
+    batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)", 1)
+    steps: int = opt("optimiser", 1000, "optimiser steps on tags (paper: about a week of them)", 1, free=True)
+    self_steps: int = opt("optimiser", 0, "then steps on labels that the net gives the training images", 0, free=True)
+    self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", 0, free=True)
+    balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies", 0)
     jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (cached features: flip)")
 
     out: str = opt("run", "", "output folder (empty: out/<preset>)", free=True)
-    seed: int = opt("run", 0, "decides weights, order, jitter and dropout", low=0, high=2 ** 32)
-    device: str = opt("run", "auto", "auto, cpu, cuda, cuda:1, mps", free=True)
+    seed: int = opt("run", 0, "decides weights, order, jitter and dropout", 0, 2 ** 32)
+    device: str = opt("run", "auto", "auto, cpu, cuda, cuda:1, mps", check=pick_device, free=True)
     amp: bool = opt("run", False, "bfloat16 autocast")
     compile: bool = opt("run", False, "torch.compile the head", free=True)
-    workers: int = opt("run", 0, "loader processes", free=True, low=0)
-    log_every: int = opt("run", 20, "steps between lines of log.csv", low=1)
-    save_every: int = opt("run", 200, "steps between checkpoints", free=True, low=1)
+    workers: int = opt("run", 0, "loader processes", 0, free=True)
+    log_every: int = opt("run", 20, "steps between lines of log.csv", 1)
+    save_every: int = opt("run", 200, "steps between checkpoints", 1, free=True)
     resume: bool = opt("run", False, "continue the run in --out", free=True)
     bench: bool = opt("run", False, "train nothing; print images/s of loading, of the plain loop and of this one", free=True)
 
@@ -118,72 +130,53 @@ PRESETS = {
 
 def parse(argv):
     """Command line -> (preset, Settings, {what was given}); refuses unknown flags and values by name."""
-    parser = data.Parser(description=__doc__, usage="train.py [toy|voc|paper|folder] [--setting value ...]")
+    parser = data.Parser(description=__doc__, usage="train.py [toy|voc|paper|folder] [--setting value ...]",
+                         argument_default=argparse.SUPPRESS)                # only what is given comes back
     parser.add_argument("preset", nargs="?", default="toy", choices=list(PRESETS), help="which defaults [toy]")
-    groups, fields = {}, {f.name: f for f in dataclasses.fields(Settings)}
-    for f in fields.values():
-        m = f.metadata
-        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
-        presets = ", ".join(f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v)
-        metavar = {int: "N", float: "X", str: "PATH" if f.name in (*PATHS, "masks") else "TEXT"}
-        kind = dict(action=data.argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=f.type, choices=m["choices"], metavar=None if m["choices"] else metavar[f.type])
-        group.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=None, **kind,
-                           help=f"{m['help']} [{f.default if f.default != '' else 'none'}{'; ' if presets else ''}{presets}]")
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    groups = {name: parser.add_argument_group(name) for name in ("data", "model", "optimiser", "run")}
+    for f in dataclasses.fields(Settings):
+        values = [str(f.default) or "none"] + [f"{name} {v[f.name]}" for name, v in PRESETS.items() if f.name in v]
+        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), **f.metadata["flag"],
+                                                 help=f"{f.metadata['help']} [{'; '.join(values)}]")
+    given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     s = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
 
-    def refuse(flag, why):
-        parser.error(f"argument --{flag.replace('_', '-')}: {why}")
-    for name, f in fields.items():
-        low, high, value = f.metadata["low"], f.metadata["high"], getattr(s, name)
-        if low is not None and not low <= value <= high or value == math.inf:
-            refuse(name, f"{value}; expected {low} " + (f"to {high}" if high < math.inf else "or more"))
-    for flag in {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, []):
-        if not getattr(s, flag):
-            parser.error(f"{preset} needs --{flag} ({fields[flag].metadata['help']})")
-    for flag, check in (("head", infer.numbers), ("kernel", lambda text: infer.numbers(text)[0]), ("sides", infer.numbers),
-                        ("device", pick_device)):
-        try:
-            check(getattr(s, flag))
-        except (data.argparse.ArgumentTypeError, ValueError, IndexError) as e:
-            refuse(flag, e)
-    if s.train_convs > sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows):
-        refuse("train_convs", f"{s.trunk} has not so many convolutions")
-    if s.train_convs < 0:
-        s.cache = ""                                                # nothing is frozen
-    elif preset in ("voc", "folder"):
-        s.cache = s.cache or f"{s.out}/cache"
-    s.cache = "" if s.cache == "no" else s.cache
-    s.self_steps = 0 if s.masks else s.self_steps                   # the labels are given
-    if s.self_steps and (preset == "toy" or not s.cache):
-        refuse("self_steps", "needs image files (not toy), a --cache, and a trunk that is frozen in part")
-    if s.masks and preset == "paper":
-        refuse("masks", "not for paper, whose images are cut")
-    if s.batch % int(os.environ.get("WORLD_SIZE", 1)):
-        refuse("batch", f"{s.batch} images cannot be shared by {os.environ['WORLD_SIZE']} processes")
+    whole = preset in ("voc", "folder")                             # whole photographs, squashed to size x size
     s.size = s.size or TRUNKS[s.trunk].size
-    if preset in ("voc", "folder"):                                 # whole photographs, squashed to size x size
-        s.sides = s.sides or f"{s.size},{s.size * 3 // 2}"
+    s.sides = s.sides or (f"{s.size},{s.size * 3 // 2}" if whole else "")
+    s.cache = s.cache or (f"{s.out}/cache" if whole else "")
+    s.cache = "" if s.cache == "no" or s.train_convs < 0 else s.cache         # -1: nothing is frozen
+    s.self_steps = 0 if s.masks else s.self_steps                   # the labels are given
+    needed = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
+    for wrong, flag, why in [
+            *((not getattr(s, name), name, f"{preset} needs it") for name in needed),
+            (s.train_convs > sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows), "train-convs", f"{s.trunk} has fewer"),
+            (s.self_steps and (preset == "toy" or not s.cache), "self-steps",
+             "needs image files (not toy), a --cache, and a trunk that is frozen in part"),
+            (s.masks and preset == "paper", "masks", "not for paper, whose images are cut"),
+            (s.batch % WORLD, "batch", f"{s.batch} images cannot be shared by {WORLD} processes")]:
+        if wrong:
+            parser.error(f"argument --{flag}: {why}")
     return preset, s, given
+
+
+def spread(n, k):
+    """k of n indices, evenly spread, or all of them."""
+    return np.linspace(0, n - 1, min(n, k)).astype(int).tolist()
 
 
 def load_photos(preset, s):
     """The preset's tagged photographs."""
-    if preset == "toy":
-        photos = data.toy_photos(s.seed, s.toy_images)
-    elif preset == "voc":
-        photos = data.voc_photos(s.voc, s.set)
-    elif preset == "folder":
-        photos = data.folder_photos(s.images, s.tags)
-    else:
-        photos = data.imagenet_photos(s.imagenet, s.synsets)
+    photos = {"toy": lambda: data.toy_photos(s.seed, s.toy_images),
+              "voc": lambda: data.voc_photos(s.voc, s.set),
+              "paper": lambda: data.imagenet_photos(s.imagenet, s.synsets),
+              "folder": lambda: data.folder_photos(s.images, s.tags)}[preset]()
     if s.background:
         extra = data.imagenet_photos(s.background, s.synsets)
         photos = data.join(photos, extra.take(torch.where(extra.tags[:, 0] > 0)[0].tolist()))
-    if s.limit and s.limit < len(photos):
-        photos = photos.take(np.linspace(0, len(photos) - 1, s.limit).astype(int).tolist())
+    if s.limit:
+        photos = photos.take(spread(len(photos), s.limit))
     photos.size, photos.cut = s.size, preset == "paper"
     if s.masks:
         photos = data.Masked.of(photos, s.masks)
@@ -192,31 +185,24 @@ def load_photos(preset, s):
     return photos
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- batches: functions of (seed, step) alone
 
-class Stream(torch.utils.data.Sampler):
-    """Endless shuffled passes over n images, as batches of (index, place of the cut) keys from one seed.
+@functools.lru_cache(2)
+def shuffled(n, seed, epoch):
+    """One pass over n images: their order and, for each, the place of the cut in 0..1."""
+    rng = np.random.default_rng([seed, 2, epoch])
+    return rng.permutation(n), rng.random(n)
 
-    Any step's batch is a function of (seed, step) alone, so resuming, workers and processes change nothing.
-    """
 
-    def __init__(self, n, batch, seed, steps, rank=0, world=1):
-        self.n, self.batch, self.seed, self.steps, self.share = n, batch, seed, steps, slice(rank, None, world)
+def batch_keys(s, n, step):
+    """A step's whole batch of n images, as (index, place): the same after resuming, with any workers and processes."""
+    passes = ((*shuffled(n, s.seed, i // n), i % n) for i in range(step * s.batch, (step + 1) * s.batch))
+    return [(int(order[i]), float(places[i])) for order, places, i in passes]
 
-    def keys(self, step):
-        """The whole batch of a step, before it is shared among processes."""
-        keys = []
-        for position in range(step * self.batch, (step + 1) * self.batch):
-            epoch, i = divmod(position, self.n)
-            if getattr(self, "epoch", None) != epoch:
-                rng = np.random.default_rng([self.seed, 2, epoch])
-                self.epoch, self.order, self.places = epoch, rng.permutation(self.n), rng.random(self.n)
-            keys.append((int(self.order[i]), float(self.places[i])))
-        return keys
 
-    def __iter__(self):
-        for step in self.steps:
-            yield self.keys(step)[self.share]
+def draws(s, step, n):
+    """Uniform numbers (7, n) for the augmentation of a step's n images."""
+    return torch.rand(7, n, generator=torch.Generator().manual_seed(s.seed * 1_000_003 + step))
 
 
 def learning_rate(s, step, begin, end):
@@ -224,13 +210,6 @@ def learning_rate(s, step, begin, end):
     if s.schedule == "cosine":
         return s.lr * 0.5 * (1 + math.cos(math.pi * (step - begin) / (end - begin)))
     return s.lr * 0.8 ** (step * s.batch // 5_000_000)
-
-
-# ---------------------------------------------------------------- features of the frozen trunk, computed once
-
-def draws(s, step, n, share=slice(None)):
-    """Uniform numbers (7, n)[:, share] for the augmentation of a step's n images: a function of (seed, step) alone."""
-    return torch.rand(7, n, generator=torch.Generator().manual_seed(s.seed * 1_000_003 + step))[:, share]
 
 
 def note_broken(photos, wanted, got, known):
@@ -245,6 +224,8 @@ def note_broken(photos, wanted, got, known):
         raise InputError(f"{len(known)} of {len(photos)} training images cannot be read, the first {photos.paths[min(known)]}; "
                          "mend or remove them")
 
+
+# ---------------------------------------------------------------- features of the frozen trunk, computed once
 
 def need_room(folder, size):
     """Make the folder; raises InputError where its disk has not so many bytes left."""
@@ -261,48 +242,44 @@ def cached_features(net, photos, s, device):
     The folder's cache.json says for which trunk, weights, precision, size and list they are; others are refused. It can be
     killed at any moment: the next call goes on where the last whole block ended.
     """
-    folder = Path(s.cache)
-    frozen = net.trunk[:net.frozen_convs].parameters()
-    weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in frozen))
-    names = hashlib.sha256(b"\n".join(p.tobytes() if isinstance(p, np.ndarray) else os.fsencode(
-        f"{Path(p).parent.name}/{Path(p).name}") for p in photos.paths))
-    sample = net.frozen(torch.zeros(1, 3, s.size, s.size, device=device))
-    key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, amp=s.amp, weights=weights.hexdigest(),
-               list=names.hexdigest(), shape=[len(photos), s.views, *sample.shape[1:]], seed=s.seed if s.views > 1 else 0)
-    state, first = folder / "cache.json", 0
+    folder, n, done, broken = Path(s.cache), len(photos), 0, set()
+    state, file = folder / "cache.json", folder / "features.npy"
+    weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in net.trunk[:net.frozen_convs].parameters())
+    names = b"\n".join(p.tobytes() if isinstance(p, np.ndarray) else os.fsencode(f"{Path(p).parent.name}/{Path(p).name}")
+                       for p in photos.paths)
+    weights, names = (hashlib.sha256(content).hexdigest() for content in (weights, names))
+    shape = (n, s.views, *net.frozen(torch.zeros(1, 3, s.size, s.size, device=device)).shape[1:])
+    key = dict(trunk=s.trunk, frozen_convs=net.frozen_convs, size=s.size, amp=s.amp, weights=weights, list=names,
+               shape=list(shape), seed=s.seed if s.views > 1 else 0)
     with data.reading(folder, f"cache.json and features.npy as this code writes them; delete {folder}"):
         if state.exists():
             found = json.loads(state.read_text())
             differ = [k for k in key if found["key"].get(k) != key[k]]
             if differ:
                 raise InputError(f"{folder}: made for another {', '.join(differ)}; delete it or give another --cache")
-            first = found["done"]
-            if type(first) is not int or not 0 < first <= len(photos):
-                raise ValueError(f"cache.json: {first} images done")
-            np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)     # "r+" fills a short file up with zeros
-        need_room(folder, 2 * math.prod(key["shape"]) * (len(photos) - first) // len(photos))
-        features = np.lib.format.open_memmap(folder / "features.npy", "r+" if first else "w+", np.float16, tuple(key["shape"]))
-        if features.dtype != np.float16 or list(features.shape) != key["shape"]:
-            raise ValueError(f"features.npy: {features.dtype} {features.shape}, not float16 {key['shape']}")
-    block, broken = 32, set()
-    if first < len(photos):
+            done, there = found["done"], np.load(file, mmap_mode="r")           # "r+" would fill a short file up with zeros
+            if type(done) is not int or not 0 < done <= n or (there.dtype, there.shape) != (np.float16, shape):
+                raise ValueError(f"{done} of {n} images done, {there.dtype} {there.shape}")
+        need_room(folder, 2 * math.prod(shape) * (n - done) // n)
+        features = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float16, shape)
+    if done < n:
         print(f"caching {features.nbytes / 1e9:.1f} GB of features in {folder}")
-    for start in data.progress(range(first, len(photos), block), "blocks cached"):
-        part = range(start, min(start + block, len(photos)))
-        images, got = zip(*[photos[i, 0.5][:2] for i in part])
-        note_broken(photos, part, got, broken)
-        images = torch.stack(images).to(device)
+    for start in data.progress(range(done, n, 32), "blocks cached"):
+        block = range(start, min(start + 32, n))
+        images, got = zip(*[photos[i, 0.5][:2] for i in block])
+        note_broken(photos, block, got, broken)
+        images = torch.stack(images).to(device)                   # (B, 3, size, size)
         for view in range(s.views):
-            seen = data.augment(images, draws(s, start * s.views + view, len(images)))[0] if view else images
+            seen = data.augment(images, draws(s, start * s.views + view, len(block)))[0] if view else images
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                parts = [net.frozen(part) for part in seen.split(4)]
-            features[start:start + len(seen), view] = torch.cat(parts).half().cpu().numpy()
+                maps = torch.cat([net.frozen(part) for part in seen.split(4)])                   # (B, D, h, w)
+            features[block, view] = maps.half().cpu().numpy()
         features.flush()
-        data.write_atomically(state, lambda f: f.write(json.dumps(dict(key=key, done=start + len(images))).encode()))
-    return np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
+        eval_voc.write_json(state, dict(key=key, done=block.stop))
+    return np.load(file, mmap_mode="r")
 
 
-class Cached(torch.utils.data.Dataset):
+class Cached:
     """The photos' features in the place of their pixels; a key's place chooses the view, and whether it is mirrored.
 
     A mirrored map is nearly that of the mirrored image. Labels belong to the first view.
@@ -315,38 +292,32 @@ class Cached(torch.utils.data.Dataset):
         i, place = key
         masked = isinstance(self.photos, data.Masked)
         view, mirror = divmod(int(place * 2 * (1 if masked else self.features.shape[1])), 2)
-        features = torch.from_numpy(self.features[self.rows[i], view].copy())                  # (D, h, w)
-        item = [features, i] + ([self.photos.labels(i)] if masked else [])
-        if mirror and self.jitter:
-            item[::2] = [x.flip(-1) for x in item[::2]]
-        return item
+        maps = [torch.from_numpy(self.features[self.rows[i], view].copy())] + ([self.photos.labels(i)] if masked else [])
+        features, *labels = [x.flip(-1) for x in maps] if mirror and self.jitter else maps       # (D, h, w), (size, size)
+        return features, i, *labels
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- checkpoints and the log
 
 def commit():
-    """The code's git commit, or "unknown" outside a repository."""
-    try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                              text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    """The code's git commit, or "unknown"."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):         # no git, no repository
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    return "unknown"
 
 
 def save_checkpoint(path, net, s, classes, step, optimizer, pending):
     """Plain tensors and values only. A frozen trunk with public weights is left out; its file is named instead."""
-    keep = {k: v.cpu() for k, v in net.state_dict().items()
-            if not (k.startswith("trunk.") and int(k.split(".")[1]) < net.frozen_convs and net.spec.weights_url is not None)}
+    public = tuple(f"trunk.{i}." for i in range(net.frozen_convs if net.spec.weights_url is not None else 0))
+    model = {k: v.cpu() for k, v in net.state_dict().items() if not k.startswith(public)}
     data.write_atomically(path, lambda file: torch.save(
-        dict(format=1, step=step, settings=dataclasses.asdict(s), classes=classes, model=keep, pending=pending,
+        dict(format=1, step=step, settings=dataclasses.asdict(s), classes=classes, model=model, pending=pending,
              optimizer=optimizer.state_dict(), thresholds={}), file))
 
 
-def resume(path, s, net, optimizer, begin):
-    """Fill net and, past step `begin`, optimizer from a checkpoint; returns (step, pending losses).
-
-    Raises InputError listing the settings that differ.
-    """
+def read_resumed(path, s, net):
+    """The checkpoint to go on from; fills the net. Raises InputError listing the settings that differ."""
     ckpt = infer.read_checkpoint(path)
     was = ckpt["settings"]
     differ = [f"{f.name} was {was.get(f.name)} and is {getattr(s, f.name)}" for f in dataclasses.fields(Settings)
@@ -355,100 +326,109 @@ def resume(path, s, net, optimizer, begin):
         raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
     with data.reading(path, "a checkpoint to --resume; train again"):
         net.load_state_dict(ckpt["model"], strict=False)
-        if ckpt["step"] <= begin:                                 # saved by an earlier stage
-            return begin, []
-        optimizer.load_state_dict(ckpt["optimizer"])
-        if any(v.dim() and v.shape != p.shape for p, state in optimizer.state.items() for v in state.values()):
-            raise ValueError("the optimiser's moments have other shapes")
-    return ckpt["step"], ckpt["pending"]
+    return ckpt
+
+
+def begin_log(path, first, every):
+    """Start log.csv; when resuming keep the rows that a run without a break has at step `first`."""
+    rows = [row.split(",") for row in path.read_text(errors="replace").splitlines()] if first and path.exists() else []
+    rows = [row for row in rows if len(row) == 6 and row[0].isdecimal() and int(row[0]) <= first and int(row[0]) % every == 0]
+    text = "\n".join(["step,samples,loss,lr,images_per_s,mean_iou", *map(",".join, rows), ""])
+    data.write_atomically(path, lambda file: file.write(text.encode()))
+    print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
+
+
+def draw_curves(out):
+    """log.csv as curves.png: the loss, and the mean IoU where it was watched (only the toy has masks to watch)."""
+    log = np.genfromtxt(out / "log.csv", delimiter=",", names=True, ndmin=1)
+    lines = {title: log[np.isfinite(log[name])][["step", name]].tolist()
+             for title, name in (("loss by step", "loss"), ("mean IoU of base by step, %", "mean_iou"))}
+    sheet = Image.fromarray(np.vstack([eval_voc.plot({title: line}) for title, line in lines.items() if line]))
+    data.write_atomically(out / "curves.png", lambda file: sheet.save(file, "png"))
 
 
 # ---------------------------------------------------------------- training
 
-def train(net, photos, features, rows, s, device, begin, end, rank=0, world=1, monitor=None):
-    """The loop, from step `begin` (or the checkpoint's) to `end`; leaves ckpt.pt and log.csv in s.out.
+def train(net, items, s, device, begin, end, saved, watch=None):
+    """The loop, from step `begin`, or from that of the checkpoint `saved`, to `end`; leaves ckpt.pt and log.csv in s.out.
 
-    features: those of `cached_features`, or None to run the trunk on the pixels; rows: where each photo's are; monitor: a
-    function of the net whose number is logged with each checkpoint.
+    items: Photos, or Cached, for which no frozen layer runs; watch: a function of the net, logged with each checkpoint.
     """
-    main, out = rank == 0, Path(s.out)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(trained, s.lr, s.momentum, weight_decay=s.weight_decay, fused=device.type == "cuda")
-    else:
-        optimizer = torch.optim.AdamW(trained, s.lr, (s.momentum, 0.999), weight_decay=s.weight_decay,
-                                      fused=device.type == "cuda")
-    first, pending = resume(out / "ckpt.pt", s, net, optimizer, begin) if s.resume else (begin, [])
-    if first >= end:
+    if saved["step"] >= end:
         return
-    if isinstance(photos, data.Masked):                           # classes that are rare in the labels are not to be given up
+    cached = isinstance(items, Cached)
+    photos = items.photos if cached else items
+    out, masked, share = Path(s.out), isinstance(photos, data.Masked), slice(RANK, None, WORLD)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    common = dict(lr=s.lr, weight_decay=s.weight_decay, fused=device.type == "cuda")
+    if s.optimizer == "sgd":
+        optimizer = torch.optim.SGD(trained, momentum=s.momentum, **common)
+    else:
+        optimizer = torch.optim.AdamW(trained, betas=(s.momentum, 0.999), **common)
+    first, pending = begin, torch.zeros(0, device=device)         # pending: losses since the last line of log.csv
+    if saved["step"] > begin:
+        first, pending = saved["step"], torch.tensor(saved["pending"], device=device)
+        with data.reading(out / "ckpt.pt", "a checkpoint to --resume; train again"):
+            optimizer.load_state_dict(saved["optimizer"])
+            if any(v.dim() and v.shape != p.shape for p, state in optimizer.state.items() for v in state.values()):
+                raise ValueError("the optimiser's moments have other shapes")
+    if masked:                                                    # classes that are rare in the labels are not to be given up
         shift = s.balance * photos.frequencies.clamp(min=1e-4).log().to(device).view(1, -1, 1, 1)
     scores_of = torch.compile(net.scores) if s.compile else net.scores
-    log = Log(out / "log.csv", first, s.log_every) if main else None
+    if RANK == 0:
+        begin_log(out / "log.csv", first, s.log_every)
 
     stop = []                                                     # Ctrl-C and SIGTERM end the loop after its step
     handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
-    stream = Stream(len(photos), s.batch, s.seed, range(first, end), rank, world)
-    items = photos if features is None else Cached(photos, features, rows, s.jitter)
-    loader = torch.utils.data.DataLoader(items, batch_sampler=stream, num_workers=s.workers, pin_memory=device.type == "cuda")
-    start, net, broken = time.perf_counter(), net.train(), set()
-    batches, waited = iter(loader), 0.0
-    for step in range(first, end):
-        asked = time.perf_counter()
-        images, index, *labels = next(batches)
+    loader = DataLoader(items, batch_sampler=(batch_keys(s, len(photos), step)[share] for step in range(first, end)),
+                        num_workers=s.workers, pin_memory=device.type == "cuda")
+    broken, waited, start = set(), 0.0, time.perf_counter()
+    net, asked = net.train(), start
+    for step, (images, index, *labels) in enumerate(loader, first):
         waited += time.perf_counter() - asked
-        note_broken(photos, [i for i, _ in stream.keys(step)[stream.share]], index.tolist(), broken)
+        note_broken(photos, [i for i, _ in batch_keys(s, len(photos), step)[share]], index.tolist(), broken)
         lr = learning_rate(s, step, begin, end)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((s.seed * 1_000_003 + step) * world + rank)     # dropout: a function of (seed, step) too
-        images, tags = images.to(device, non_blocking=True), photos.tags[index].to(device, non_blocking=True)
-        labels = labels[0].to(device, non_blocking=True) if labels else None
-        if s.jitter and features is None:
-            images, labels = data.augment(images, draws(s, step, s.batch, stream.share), labels)
+        torch.manual_seed((s.seed * 1_000_003 + step) * WORLD + RANK)     # dropout: a function of (seed, step) too
+        images, tags, *labels = (x.to(device, non_blocking=True) for x in (images, photos.tags[index], *labels))
+        if s.jitter and not cached:
+            images, *labels = data.augment(images, draws(s, step, s.batch)[:, share], *labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-            scores = scores_of(net.frozen(images) if features is None else images.float())     # (B, K, h, w)
+            scores = scores_of(images.float() if cached else net.frozen(images))      # (B, K, h, w)
         loss = tag_loss(net.aggregate(scores), tags, s.loss)
-        if labels is not None:
-            loss = loss + pixel_loss(scores.float() + shift, labels, net.rows)
+        if masked:
+            loss = loss + pixel_loss(scores.float() + shift, labels[0], net.rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if world > 1:
-            loss = average(trained, loss)
+        loss, told = loss.detach(), torch.full_like(loss, len(stop))
+        if WORLD > 1:
+            average([*(p.grad for p in trained), loss, told])
         optimizer.step()
 
-        pending.append(loss.detach())
-        done = step + 1
-        logs, halt = done % s.log_every == 0 or done == end, bool(stop)
-        if world > 1:                                             # all processes stop at the same step, asked at logging only
-            halt = logs and agree(halt, device)
-        saves = done % s.save_every == 0 or done == end or halt
-        if logs or saves:                                         # the only synchronisation with the device
-            pending = torch.stack([torch.as_tensor(x, device=device) for x in pending]).tolist()
-            if not np.isfinite(pending).all():
-                raise InputError(blame(photos, stream, done, pending, out))
-        if main and logs:
-            rate = (done - first) * s.batch / (time.perf_counter() - start)
-            watched = monitor(net.eval()) if monitor and (done % s.save_every == 0 or done == end) else ""
-            log.write(done, done * s.batch, float(np.mean(pending)), lr, rate, watched, end)
+        done, pending = step + 1, torch.cat([pending, loss[None]])
+        logs, saves = (done % every == 0 or done == end for every in (s.log_every, s.save_every))
+        halt = bool(stop) if WORLD == 1 else logs and bool(told)  # all processes stop at the same step, and look when they log
+        if (logs or saves or halt) and not pending.isfinite().all():      # the only synchronisation with the device
+            raise InputError(blame(photos, s, done, pending, out))
+        if RANK == 0 and logs:
+            mean, speed = np.mean(pending.tolist()), (done - first) * s.batch / (time.perf_counter() - start)
+            watched = f"{watch(net.eval()):.2f}" if watch and saves else ""
+            with open(out / "log.csv", "a") as file:
+                file.write(f"{done},{done * s.batch},{mean:.6f},{lr:.3e},{speed:.1f},{watched}\n")
+            print(f"{done:8} {mean:8.4f} {lr:9.2e} {speed:9.1f} {(end - done) * s.batch / speed:6.0f}s", flush=True)
             net.train()
         if done % s.log_every == 0:
-            pending = []
-        if main and saves:
-            save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, pending)
+            pending = pending[:0]
+        if RANK == 0 and (saves or halt):
+            save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, pending.tolist())
         if halt and done < end:
             raise InputError(f"{out / 'ckpt.pt'}: interrupted and saved at step {done}; go on with --resume")
+        asked = time.perf_counter()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if main:
+    if RANK == 0:
         print(f"{waited / (time.perf_counter() - start):.0%} of the time waiting for the loader")
-
-
-def agree(flag, device):
-    """True on every process if it is on any."""
-    flag = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
 
 
 def pixel_loss(scores, labels, rows):
@@ -459,151 +439,124 @@ def pixel_loss(scores, labels, rows):
     return F.cross_entropy(scores, target, ignore_index=data.VOID, reduction="sum") / (target != data.VOID).sum().clamp(min=1)
 
 
-@torch.no_grad()
-def label_training_images(net, photos, features, device, folder):
-    """Self-training: write labels that net, features and tags give each training image (background images: none)."""
-    for i in data.progress(range(len(photos)), "training images labelled"):
-        present = torch.where(photos.tags[i, 1:] > 0)[0] + 1
-        if len(present):
-            x = torch.from_numpy(features[i, 0].astype(np.float32)).to(device)
-            scores = net.scores(x[None])[0].float()
-            margin = (x.shape[1] - scores.shape[1]) // 2                      # the head's convolutions are unpadded
-            x = x[:, margin:x.shape[1] - margin, margin:x.shape[2] - margin]
-            image, got = photos[i, 0.5][:2]
-            if got != i:                                          # cannot be read
-                continue
-            cut = margin * image.shape[1] // (x.shape[1] + 2 * margin)
-            labels = infer.seeds(scores, x, present, image[:, cut:image.shape[1] - cut, cut:image.shape[2] - cut])
-            data.save_labels(folder / f"{Path(photos.paths[i]).stem}.png",
-                             np.pad(labels, 4 * margin, constant_values=data.VOID))
-
-
-def average(parameters, loss):
-    """Average gradients, and the loss that is logged, over all processes in one message."""
-    flat = torch.cat([p.grad.flatten() for p in parameters] + [loss.detach().view(1)])
+def average(tensors):
+    """Put the means over all processes into these tensors, in one message."""
+    flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, grad in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
-    return flat[-1]
+    for x, mean in zip(tensors, (flat / WORLD).split([x.numel() for x in tensors])):
+        x.copy_(mean.view_as(x))
 
 
-def blame(photos, stream, done, losses, out):
+def blame(photos, s, done, losses, out):
     """One line for a loss that is not finite: the step, the files of its batch, the checkpoint to go back to."""
-    bad = done - len(losses) + int(np.argmin(np.isfinite(losses)))
-    names = ", ".join(Path(photos.paths[i]).name if not isinstance(photos.paths[i], np.ndarray) else f"toy {i}"
-                      for i, _ in stream.keys(bad))
-    saved = out / "ckpt.pt"
-    return (f"step {bad}: the loss is not finite; lower --lr, or look at {names}; last good checkpoint: "
+    step, saved = done - len(losses) + int(losses.isfinite().int().argmin()), out / "ckpt.pt"
+    names = [f"toy {i}" if isinstance(photos.paths[i], np.ndarray) else Path(photos.paths[i]).name
+             for i, _ in batch_keys(s, len(photos), step)]
+    return (f"step {step}: the loss is not finite; lower --lr, or look at {', '.join(names)}; last good checkpoint: "
             f"{saved if saved.exists() else 'none'}")
 
 
-class Log:
-    """log.csv and a fixed-width line on stdout. Resuming drops the rows that the run will write again."""
-    columns = ["step", "samples", "loss", "lr", "images_per_s", "mean_iou"]
-
-    def __init__(self, path, first, every):
-        rows = list(csv.reader(path.read_text(errors="replace").splitlines())) if first and path.exists() else []
-        kept = [row for row in rows[1:] if len(row) == len(self.columns) and row[0].isdecimal() and int(row[0]) <= first
-                and int(row[0]) % every == 0]
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([self.columns, *kept])
-        data.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-        self.path = path
-        print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
-
-    def write(self, step, samples, loss, lr, rate, iou, steps):
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow([step, samples, f"{loss:.6f}", f"{lr:.3e}", f"{rate:.1f}", iou and f"{iou:.2f}"])
-        left = (steps - step) * samples / step / rate
-        print(f"{step:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
+@torch.no_grad()
+def label_training_images(net, photos, features, device, folder):
+    """Self-training: write labels that net, features and tags give each training image that is not all background."""
+    for i in data.progress(torch.where(photos.tags[:, 0] == 0)[0].tolist(), "training images labelled"):
+        image, got = photos[i, 0.5][:2]                           # (3, H, W)
+        if got == i:                                              # it can be read
+            x = torch.from_numpy(features[i, 0].astype(np.float32)).to(device)        # (D, h, w)
+            scores = net.scores(x[None])[0].float()
+            margin = (x.shape[1] - scores.shape[1]) // 2          # in cells: the head's convolutions are unpadded
+            cut = margin * image.shape[1] // x.shape[1]           # in pixels
+            labels = infer.seeds(scores, F.pad(x, [-margin] * 4), torch.where(photos.tags[i])[0], F.pad(image, [-cut] * 4))
+            labels = np.pad(labels, 4 * margin, constant_values=data.VOID)
+            data.save_labels(folder / f"{Path(photos.paths[i]).stem}.png", labels)
 
 
-def draw_curves(out):
-    """log.csv as curves.png: the loss, and the mean IoU where it was watched (only the toy has masks to watch)."""
-    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
-    curves = {"loss": "loss by step", "mean_iou": "mean IoU of base by step, %"}
-    points = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in curves}
-    sheet = Image.fromarray(np.vstack([eval_voc.plot({curves[name]: line}) for name, line in points.items() if line]))
-    data.write_atomically(out / "curves.png", lambda file: sheet.save(file, "png"))
-
+# ---------------------------------------------------------------- before and after
 
 def bench(net, photos, s, device, batches=4):
     """Images/s of loading alone, of the plain loop (float32, trunk in the loop), of this one, and of this one from a cache."""
-    loader = torch.utils.data.DataLoader(photos, batch_sampler=Stream(len(photos), s.batch, s.seed, range(batches)),
-                                         num_workers=s.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(photos, batch_sampler=[batch_keys(s, len(photos), step) for step in range(batches)],
+                        num_workers=s.workers, pin_memory=device.type == "cuda")
     start = time.perf_counter()
     held = [(images.to(device), photos.tags[index].to(device)) for images, index, *_ in loader]
     print(f"loading: {batches * s.batch / (time.perf_counter() - start):.1f} images/s, {s.workers} workers")
 
-    def speed(net, amp, inputs, forward):
-        optimizer, turn = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-6), iter(inputs * 1000)
+    plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    plain.normalise = lambda images: (images - plain.mean) / plain.std
+    ways = [("plain loop, float32", plain, False, held), ("this loop", net, s.amp, held)]
+    if net.cut:                                                   # something is frozen
+        with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+            kept = [(net.frozen(x).half(), tags) for x, tags in held]
+        ways += [("plain head from a cache, float32", plain, False, [(x.contiguous(), tags) for x, tags in kept]),
+                 ("this head from a cache", net, s.amp, kept)]
+    speeds = []
+    for name, way, amp, inputs in ways:
+        optimizer, turn = torch.optim.AdamW([p for p in way.parameters() if p.requires_grad], 1e-6), itertools.cycle(inputs)
 
         def step():
             x, tags = next(turn)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = tag_loss(net.aggregate(forward(x)), tags, s.loss)
+                scores = way(x) if inputs is held else way.scores(x.float())
+            loss = tag_loss(way.aggregate(scores), tags, s.loss)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             return loss
-        return rate(step, device) * s.batch, step().item()
-    plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
-    plain.normalise = lambda images: (images - plain.mean) / plain.std
-    with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-        kept = [(net.frozen(x).half(), tags) for x, tags in held]
-    ways = [("plain loop, float32", plain, False, held, plain), ("this loop", net, s.amp, held, net)]
-    if net.cut:                                                   # something is frozen
-        ways += [("plain head from a cache, float32", plain, False, [(x.contiguous(), t) for x, t in kept],
-                  lambda x: plain.scores(x.float())),
-                 ("this head from a cache", net, s.amp, kept, lambda x: net.scores(x.float()))]
-    base = None
-    for name, *arguments in ways:
-        images, loss = speed(*arguments)
-        base = base or images
-        print(f"{name}: {images:.1f} images/s, {images / base:.2f} times the plain loop, loss {loss:.3f}")
+        speeds.append(rate(step, device) * s.batch)
+        print(f"{name}: {speeds[-1]:.1f} images/s, {speeds[-1] / speeds[0]:.2f} times the plain loop, loss {step().item():.3f}")
     print(f"most memory: {memory(device):.2f} GB")
 
 
-def finish(preset, net, photos, s):
-    """What follows training: thresholds from tags into the checkpoint, the panel, and for the toy the scored ladder."""
+def finish(net, photos, s, scenes):
+    """What follows training: thresholds from tags into the checkpoint, pictures, and for the toy the scored ladder."""
     def readable(indices):
         for i in indices:
             with contextlib.suppress(InputError):                 # named during training
                 yield i, photos.image(i)
-    out = Path(s.out)
-    few = np.linspace(0, len(photos) - 1, min(s.threshold_images, len(photos))).astype(int)
+    out, few = Path(s.out), spread(len(photos), s.threshold_images)
     tagged = ((infer.Scene(image), photos.tags[i]) for i, image in readable(data.progress(few, "thresholds")))
     ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=eval_voc.fit_thresholds(net, tagged))
-    data.write_atomically(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
-    shared = dict(ckpt, optimizer={}, pending=[], model={k: v.half() for k, v in ckpt["model"].items()},    # to give away
-                  settings={**ckpt["settings"], **dict.fromkeys(PATHS, ""), "masks": "given" * bool(s.masks)})
-    data.write_atomically(out / "head.pt", lambda f: torch.save(shared, f))
-    samples = [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
-    if preset == "toy":
-        samples = data.toy_scenes(s.seed, s.toy_scenes)
-        report = eval_voc.ladder(net, samples, ckpt["thresholds"])
+    head = dict(ckpt, optimizer={}, pending=[], model={k: v.half() for k, v in ckpt["model"].items()},      # to give away
+                settings={**ckpt["settings"], **dict.fromkeys(PATHS, ""), "masks": "given" * bool(s.masks)})
+    for name, content in (("ckpt.pt", ckpt), ("head.pt", head)):
+        data.write_atomically(out / name, lambda file: torch.save(content, file))
+    if scenes:
+        report = eval_voc.ladder(net, scenes, ckpt["thresholds"])
         eval_voc.print_ladder(report)
         eval_voc.write_json(out / "scores.json", report)
     draw_curves(out)
+    samples = scenes or [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
     infer.save_panel(out / "panel.png", net, samples[:6])
+
+
+def join_processes(device):
+    """The device of this process, once it has met the others that torchrun started."""
+    if WORLD > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        elif os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD):    # one machine: its name may lead gloo elsewhere
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))           # the others wait while one caches and labels
+    return device
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the block, then the others, which find whole what it has written."""
+    if RANK > 0:
+        dist.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
 
 
 def main():
     preset, s, given = parse(sys.argv[1:])
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device(s.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        elif os.environ.get("LOCAL_WORLD_SIZE") == str(world):    # one machine: its name may lead gloo elsewhere
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))           # the others wait while one caches and labels
-    out = Path(s.out)
+    out, device, start = Path(s.out), join_processes(pick_device(s.device)), time.perf_counter()
     if s.resume and not (out / "ckpt.pt").exists():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume; leave that out, or give the run's --out")
-    start = time.perf_counter()
     photos = load_photos(preset, s)
     net = infer.checked(infer.build_net, dataclasses.asdict(s), photos.classes, torch.Generator().manual_seed(s.seed))
     if s.size < in_size(1, net.rows):
@@ -611,39 +564,33 @@ def main():
     if net.spec.weights_url is not None:
         infer.checked(load_trunk, net, s.trunk, s.weights)
     net.to(device).to(memory_format=torch.channels_last)
-    if s.resume:                                                  # refuse before anything is written
-        resume(out / "ckpt.pt", s, net, None, math.inf)
-    if rank == 0:
-        need_room(out, 24 * sum(p.numel() for p in net.parameters()))     # two checkpoints with Adam's moments
+    saved = read_resumed(out / "ckpt.pt", s, net) if s.resume else dict(step=0)
+    if RANK == 0:
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print(f"{preset} on {device}: {len(photos):,} images, {len(photos.classes)} classes, {trained:,} trained parameters"
               + "".join(f", {k}={v}" for k, v in given.items()))
     if s.bench:
         return bench(net.train(), photos, s, device)
-    if rank == 0:
-        data.write_atomically(out / "settings.json", lambda f: f.write(json.dumps(
-            dict(dataclasses.asdict(s), commit=commit(), command=" ".join(sys.argv)), indent=1).encode()))
-    features = None
-    if s.cache:                                                   # rank 0 first; the others then find it whole
-        features = cached_features(net, photos, s, device) if rank == 0 else None
-        if world > 1:
-            dist.barrier()
-        features = cached_features(net, photos, s, device) if rank else features
+    if RANK == 0:
+        need_room(out, 24 * sum(p.numel() for p in net.parameters()))     # two checkpoints with Adam's moments
+        eval_voc.write_json(out / "settings.json", dict(dataclasses.asdict(s), commit=commit(), command=" ".join(sys.argv)))
+    with first_process_first():
+        features = cached_features(net, photos, s, device) if s.cache else None
+    items = Cached(photos, features, range(len(photos)), s.jitter) if s.cache else photos
     scenes = data.toy_scenes(s.seed, s.toy_scenes) if preset == "toy" else None         # the one set with truth at hand
     watch = scenes and (lambda net: eval_voc.ladder(net, scenes, priors=())["rows"]["base"]["mean_iou_defined"])
-    train(net, photos, features, range(len(photos)), s, device, 0, s.steps, rank, world, watch)
+    train(net, items, s, device, 0, s.steps, saved, watch)
     for turn in range(s.self_rounds if s.self_steps else 0):
         own, begin = out / f"self{turn + 1}", s.steps + turn * s.self_steps
-        if rank == 0 and not (s.resume and infer.read_checkpoint(out / "ckpt.pt")["step"] > begin):
-            label_training_images(net.eval(), photos, features, device, own)
-        if world > 1:
-            dist.barrier()
-        labelled = data.Masked.of(photos, own)
-        train(net, labelled, features, labelled.rows, s, device, begin, begin + s.self_steps, rank, world)
-    if rank == 0:
-        finish(preset, net.eval(), photos, s)
+        with first_process_first():
+            if RANK == 0 and saved["step"] <= begin:
+                label_training_images(net.eval(), photos, features, device, own)
+            labelled = data.Masked.of(photos, own)
+        train(net, Cached(labelled, features, labelled.rows, s.jitter), s, device, begin, begin + s.self_steps, saved)
+    if RANK == 0:
+        finish(net.eval(), photos, s, scenes)
         print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
-    if world > 1:
+    if WORLD > 1:
         dist.barrier()
         sys.stdout.flush()
         os._exit(0)                                               # the usual way out: gloo's threads abort it now and then
