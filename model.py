@@ -168,6 +168,14 @@ def tag_loss(image_scores, tags, form="softmax"):
     return F.cross_entropy(image_scores, tags / tags.sum(1, keepdim=True))
 
 
+def pixel_loss(scores, labels, rows, void=255):
+    """Cross-entropy at the pixel under each cell; void is ignored. scores (B, K, h, w), labels (B, H, W) uint8."""
+    stride, _, centre = geometry(rows)
+    at = round(centre) + stride * torch.arange(max(scores.shape[2:]), device=labels.device)
+    target = labels[:, at[:scores.shape[2]]][:, :, at[:scores.shape[3]]].long()
+    return F.cross_entropy(scores, target, ignore_index=void, reduction="sum") / (target != void).sum().clamp(min=1)
+
+
 class Net(nn.Module):
     """Trunk, head and aggregation. Freezes the trunk but for its last `train_convs` convolutions (-1: trains all).
 

@@ -695,7 +695,8 @@ def malformed():
     yield LABEL.replace("toy", "bad"), "bad.pt", [*junk, *cuts, [1], torch.zeros(3), 3, {}, *(toy | c for c in changes)]
     yield f"{TRAIN} --out run --resume --steps 2", "run/ckpt.pt", [*cuts[:3], *(toy | change for change in (
         dict(optimizer={}), dict(optimizer=dict(state={}, param_groups=[])), dict(pending=["x"]), dict(settings={}),
-        dict(optimizer=toy["optimizer"] | dict(state={0: dict(exp_avg=head)})), dict(model={"head.0.weight": head[:1]})))]
+        dict(optimizer=toy["optimizer"] | dict(state={0: dict(exp_avg=head)})), dict(model={}),
+        dict(model={"head.0.weight": head[:1]})))]
     yield f"{TRAIN} --trunk vgg16 --size 96 --weights w.pt", "w.pt", [
         *junk, *({key: 1} for key in ("features.0.weight", "features.x.weight", "features..weight", 1)), [], 3, [Evil()]]
     for part, matrix in product(("wS1", "idx", "wS2"), (None, (9, 9, 0), (2, 2, "x"), (2, 2, "nan"), (3, 2, 99))):

@@ -39,7 +39,7 @@ import data
 import eval_voc
 import infer
 from data import InputError
-from model import AGGREGATIONS, TRUNKS, geometry, in_size, load_trunk, memory, pick_device, rate, tag_loss
+from model import AGGREGATIONS, TRUNKS, in_size, load_trunk, memory, pick_device, pixel_loss, rate, tag_loss
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # which of how many: set by torchrun
 
@@ -84,7 +84,7 @@ class Settings:
     weights: str = opt("model", "", "the trunk's weights; vgg16's are fetched when not given", free=True)
     train_convs: int = opt("model", 0, "last trunk convolutions to train too (0: frozen, as the paper; -1: all)", -1)
     head: str = opt("model", "", "hidden widths of the head: 1024,768,512 (empty: the trunk's own)", check=infer.numbers)
-    kernel: str = opt("model", "3", "sides of its kernels, the last for all others (3)", check=lambda x: infer.numbers(x or "0"))
+    kernel: str = opt("model", "3", "kernel sides, the last for the rest (paper: 3)", check=lambda x: infer.numbers(x or "0"))
     dense: int = opt("model", 1, "at test time the score grid is so many times finer than the stride", 1, free=True)
     sides: str = opt("model", "", "at test time images become side x side (empty: do not)", check=infer.numbers, free=True)
     aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", choices=list(AGGREGATIONS))
@@ -325,7 +325,9 @@ def read_resumed(path, s, net):
     if differ:
         raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
     with data.reading(path, "a checkpoint to --resume; train again"):
-        net.load_state_dict(ckpt["model"], strict=False)
+        missing, _ = net.load_state_dict(ckpt["model"], strict=False)
+        if not all(name.startswith("trunk.") for name in missing):
+            raise ValueError(f"{missing[-1]} is missing")
     return ckpt
 
 
@@ -429,14 +431,6 @@ def train(net, items, s, device, begin, end, saved, watch=None):
         signal.signal(number, handler)
     if RANK == 0:
         print(f"{waited / (time.perf_counter() - start):.0%} of the time waiting for the loader")
-
-
-def pixel_loss(scores, labels, rows):
-    """Cross-entropy at the pixel under each cell; void is ignored. scores (B, K, h, w), labels (B, H, W) uint8."""
-    stride, _, centre = geometry(rows)
-    at = round(centre) + stride * torch.arange(max(scores.shape[2:]), device=labels.device)
-    target = labels[:, at[:scores.shape[2]]][:, :, at[:scores.shape[3]]].long()
-    return F.cross_entropy(scores, target, ignore_index=data.VOID, reduction="sum") / (target != data.VOID).sum().clamp(min=1)
 
 
 def average(tensors):
