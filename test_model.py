@@ -1,7 +1,4 @@
-"""All tests: comparisons with independent computations, and the scripts run as the README runs them.
-
-    python -m pytest -q test_model.py             # a few minutes on two cores; -k scorer: one group
-"""
+"""python -m pytest -q test_model.py: comparisons with independent computations, and the README's commands as written."""
 import gzip
 import io
 import json
@@ -30,6 +27,7 @@ import model
 import train
 
 HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared"
 TOY = "toy --toy-images 24 --toy-scenes 1 --threshold-images 2 --batch 4 --log-every 2 --schedule steps --device cpu"
 GO = "--trunk tiny --size 32 --head 4 --batch 2 --steps 1 --self-steps 0 --threshold-images 1 --device cpu --voc VOC --set b"
 OPENED = []                                                                # every file that Python opens
@@ -272,8 +270,6 @@ def test_scorer_finds_truth_perfect_packs_it_and_lists_all_problems_at_once():
     refused(command, "4 of 4", "val_0.png: No such file", "val_3.png")
 
 
-# ---------------------------------------------------------------- training
-
 def outcome(folder):
     """What equal runs have in common: log.csv but for its times, and hashes of all weights and moments."""
     ckpt = infer.read_checkpoint(f"{folder}/ckpt.pt")
@@ -415,8 +411,7 @@ def test_losses_that_are_not_finite_and_full_disks_stop_a_run():
     Path("file").write_text("in the way")
     refused(f"{plain} --out file/o", "file/o", "check that")
     for command, full in ((plain, "o"), (cached, "o"), (cached, "c")):
-        free = {full: 10 ** 5}
-        with mock.patch.object(train.shutil, "disk_usage", lambda folder: disk._replace(free=free.get(folder.name, 10 ** 9))):
+        with mock.patch.object(train.shutil, "disk_usage", lambda at: disk._replace(free=10 ** (5 if at.name == full else 9))):
             refused(command, f" {full}: ", "needed", "make room")
     assert {str(p) for p in Path().rglob("*") if p.is_file()} <= {"file", "bad/log.csv", "bad/settings.json", "o/settings.json"}
     ok(cached)
@@ -449,8 +444,6 @@ def test_weak_training_and_inference_open_no_mask():
     assert list(rows) == ["base", "ilp", "ilp+sppxl", "ilp+bb", "ilp+seg", "ilp+refine"] and "paper" in out
     assert "ORACLE" in warned and oracle["ilp"] == rows["ilp"] and {"ilp+bb*oracle", "ilp+seg*oracle"} < oracle.keys()
 
-
-# ---------------------------------------------------------------- priors against brute force
 
 def slow_superpixels(image, scale, sigma, min_size):
     """Felzenszwalb-Huttenlocher, every edge in stable order, dictionaries of sets; labels in raster order."""
@@ -626,7 +619,14 @@ def test_synsets_and_settings_are_the_papers():
     assert rates == pytest.approx([1e-3, 1e-3, 8e-4, 6.4e-4])
 
 
-# ---------------------------------------------------------------- malformed inputs; the README
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared: nothing is run on real photographs")
+def test_published_head_labels_real_photographs():
+    photos, voc = data.imagenet_photos(SHARED / "data/imagenet-sample"), SHARED / "data/VOCdevkit/VOC2012"
+    assert {p.parent.name for p in photos.paths} == set(data.read_synsets(data.SYNSETS))
+    options = f"--voc {voc} --weights {SHARED}/weights/vgg16_features_fp16.pth --limit 8 --json l.json"
+    ok(f"eval_voc ladder {HERE}/assets/voc.pt {options}")
+    assert json.loads(Path("l.json").read_text())["rows"]["ilp+refine"]["mean_iou_defined"] > 35
+
 
 LABEL, LADDER = "infer toy.pt photo.png --device cpu --out out", "eval_voc ladder toy.pt --voc VOC --set b --json out"
 SCORE, SUBMIT = "eval_voc score masks --voc VOC --set b --json out", "eval_voc submit masks --voc VOC --out out --set b"
