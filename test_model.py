@@ -195,8 +195,6 @@ def test_frozen_means_frozen(train_convs, frozen):
     assert net.frozen_convs == frozen and "head.0.weight" in changed
 
 
-# ---------------------------------------------------------------- scorer: VOC's rules, worked vectors
-
 def make_voc(masks=None, name="val", root="VOC2012"):
     """A small devkit with one set -> {id: mask (H, W)}: these, or four in both orientations with all classes, void on top."""
     if masks is None:
