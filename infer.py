@@ -5,7 +5,7 @@
     python infer.py CKPT photo.jpg --panel demo.png      # a picture of how it came about
     python infer.py CKPT --voc VOC2012 --set val --out out/val        # a VOC set, ready for eval_voc.py score
 
-No true label is read here. Letters in shape comments: K classes, H W pixels, h w cells.
+No true label is read here. Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
 """
 import collections
 import functools
@@ -24,7 +24,6 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from scipy.cluster.hierarchy import linkage
 from scipy.sparse.csgraph import shortest_path
-from scipy.spatial.distance import squareform
 
 import data
 from data import InputError
@@ -40,11 +39,11 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(ckpt, dict):
             raise ValueError(f"holds a {type(ckpt).__name__}")
-        names, delta = ckpt["classes"], [np.array(values, float) for values in ckpt["thresholds"].values()]
-        wrong = [key for key, kind in kinds.items() if not isinstance(ckpt[key], kind)]
-        wrong += ["format"] * (ckpt["format"] != 1) + ["pending"] * (not all(isinstance(x, float) for x in ckpt["pending"]))
-        wrong += ["classes"] * (not 2 <= len(set(names)) == len(names) < 256 or {type(name) for name in names} != {str})
-        wrong += ["thresholds"] * any(values.shape != (len(names),) or not np.isfinite(values).all() for values in delta)
+        names, delta = ckpt["classes"], ckpt["thresholds"].values()
+        sound = dict(format=ckpt["format"] == 1, pending=all(isinstance(loss, float) for loss in ckpt["pending"]),
+                     classes=2 <= len(set(names)) == len(names) < 256 and {*map(type, names)} == {str},
+                     thresholds=all(np.shape(d) == (len(names),) and np.isfinite(d).all() for d in delta))
+        wrong = [key for key, kind in kinds.items() if not isinstance(ckpt[key], kind) or not sound.get(key, True)]
         if wrong:
             raise ValueError(f"damaged: {', '.join(wrong)}")
     return ckpt
@@ -78,10 +77,7 @@ def build_net(s, classes, generator=None):
 
 
 def load_net(path, weights=None, device="cpu", dense=None, sides=None):
-    """(net in eval mode on the device, checkpoint).
-
-    weights: the public trunk's file, where the checkpoint lacks it; dense, sides: in the place of the run's own.
-    """
+    """(net in eval mode, checkpoint). weights: the trunk's file, where it has none; dense, sides: in the place of its own."""
     ckpt = read_checkpoint(path)
     with data.reading(path, "settings and tensors that fit each other; train again"):
         net = build_net(ckpt["settings"], ckpt["classes"])
@@ -105,33 +101,31 @@ MAX_BYTES = 16e9                                           # of activations at a
 
 @torch.no_grad()
 def predict(net, image):
-    """Probabilities of one image (H, W, 3) uint8: p (K, H, W), Eq. 2 at every pixel, q (K,), Eq. 2 of the aggregated scores.
+    """Eq. 2 of one image (H, W, 3) uint8: p (K, H, W) at every pixel, q (K,) of the aggregated scores.
 
-    net: from `load_net`. It sees the image resized to each area side x side of net.sides (none: as it is), on a grid net.grid
-    times finer than its stride, and scores are averaged. With net.cam p is class activation maps (Zhou et al., CVPR 2016),
-    each divided by its maximum, background 0.3. Raises InputError where memory would not do.
+    Scores are averaged over the image resized to each area side x side of net.sides (none: as it is), on a grid net.grid times
+    finer than the stride. With net.cam p is class activation maps (Zhou et al., CVPR 2016) over their maxima, background 0.3.
     """
-    rows, sides = dense_rows(net.rows, net.grid), net.sides or [None]
+    (H, W), sides = image.shape[:2], net.sides or [math.sqrt(image[..., 0].size)]
     x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(next(net.parameters()).device).float()     # (1, 3, H, W)
     total, image_scores = 0, 0
     for side in sides:
-        zoom = side / math.sqrt(image.shape[0] * image.shape[1]) if side else 1
-        size = tuple(max(1, round(n * zoom)) for n in image.shape[:2])
-        need = peak_bytes(rows, *size) + 8 * len(net.classes) * image.shape[0] * image.shape[1]
+        size = tuple(max(1, round(n * side / math.sqrt(H * W))) for n in (H, W))
+        need = peak_bytes(dense_rows(net.rows, net.grid), *size) + 8 * len(net.classes) * H * W
         if need > MAX_BYTES:
             raise InputError(f"{size[1]}x{size[0]} pixels with --dense {net.grid} would take about {need / 1e9:.0f} GB; "
                              "reduce the photograph or --dense")
-        seen = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False) if side else x
+        seen = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False) if net.sides else x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=net.amp):
             scores, step, offset = net.dense(seen, net.grid)                         # (1, K, h, w)
         image_scores = image_scores + net.aggregate(scores)[0] / len(sides)
-        total = total + upsample(scores, image.shape[:2], step, offset, size)[0] / len(sides)
-    p, q = total.softmax(0), image_scores.softmax(0)
-    if net.cam:
-        p, q = F.relu(total), image_scores.sigmoid()
-        p /= p.amax((1, 2), keepdim=True).clamp(min=1e-6)
-        p[0] = 0.3
-    return p.cpu().numpy(), q.cpu().numpy()
+        total = total + upsample(scores, (H, W), step, offset, size)[0] / len(sides)
+    if not net.cam:
+        return total.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
+    p = F.relu(total)
+    p /= p.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    p[0] = 0.3
+    return p.cpu().numpy(), image_scores.sigmoid().cpu().numpy()
 
 
 ILP_FORMS = {                                            # name: what multiplies each class's plane, of q (K,)
@@ -155,65 +149,29 @@ def overlapped(network, priors, items, ahead=2):
             jobs.append(pool.submit(priors, network(item)))
             if len(jobs) > ahead:
                 yield jobs.popleft().result()
-        for job in jobs:
-            yield job.result()
+        yield from (job.result() for job in jobs)
 
 
 # ---------------------------------------------------------------- superpixels
 
 def _grid_edges(planes):
-    """Costs of the four kinds of 8-neighbour edges of `planes` (C, H, W): Euclidean colour distance.
+    """The edges between 8-neighbours of planes (C, H, W): arrays of their two pixels, cost and `light`, each (E,).
 
-    Returns [(cost, p, q)] in the fixed edge order right, down, down-right, up-right; cost is (H, W-1), (H-1, W),
-    (H-1, W-1), (H-1, W-1), and p, q are the slices that pick an edge's two ends from an (H, W) array.
+    cost: Euclidean distance. light: not the heaviest edge of any triangle of pixels (of equal ones the later is the heavier);
+    only such an edge can be the lightest that leaves a set of pixels.
     """
-    a, head, tail = slice(None), slice(None, -1), slice(1, None)
-    ends = [((a, head), (a, tail)), ((head, a), (tail, a)), ((head, head), (tail, tail)), ((tail, head), (head, tail))]
-    edges = []
-    for p, q in ends:
-        d = planes[(a,) + q] - planes[(a,) + p]
-        d *= d
-        edges.append((np.sqrt(sum(d[1:], start=d[0])), p, q))
-    return edges
-
-
-def _not_heaviest(edges):
-    """Masks of the edges that are not the heaviest of a triangle of pixels (ties: the later edge counts as heavier).
-
-    Such a heaviest edge is never the lightest one leaving a set of pixels, so `superpixels` need not look at it.
-    """
-    right, down, diag, anti = costs = [cost for cost, _, _ in edges]
-    keep = [np.ones(cost.shape, bool) for cost in costs]
-    head, tail, every = slice(None, -1), slice(1, None), slice(None)
-    triangles = (diag, 2, head, tail), (diag, 2, tail, head), (anti, 3, head, head), (anti, 3, tail, tail)
-    for s, slope, row, col in triangles:
-        h, v = right[row], down[:, col]                                     # (H-1, W-1): a diagonal's two legs
-        keep[0][row] &= (h <= v) | (h <= s)
-        keep[1][every, col] &= (v < h) | (v <= s)
-        keep[slope] &= (s < h) | (s < v)
-    return keep
-
-
-def _sorted_edges(parts):
-    """Parts (a, b, cost) of a list of edges a-b -> the three arrays of all, by rising cost (equal ones in their order)."""
-    a, b, w = (np.concatenate(x) for x in zip(*parts))
-    order = np.argsort(w, kind="stable")
-    return a[order], b[order], w[order]
-
-
-def _lightest(a, b):
-    """Indices of the edges a-b, which are sorted by cost, without loops and without later edges between the same two nodes."""
-    low, high = np.minimum(a, b).astype(np.int64), np.maximum(a, b)
-    first = np.sort(np.unique(low << 32 | high, return_index=True)[1])
-    return first[a[first] != b[first]]
-
-
-def _roots(parent):
-    """Union-find parents (list of n) -> root of every node, (n,) int32."""
-    parent = np.array(parent, np.int32)
-    while (parent != parent[parent]).any():
-        parent = parent[parent]
-    return parent
+    def ends(x):                                               # (..., H, W) -> its pairs right, down, down-right, down-left
+        up, low = x[..., :-1, :], x[..., 1:, :]
+        return (x[..., :-1], x[..., 1:]), (up, low), (up[..., :-1], low[..., 1:]), (up[..., 1:], low[..., :-1])
+    right, down, *_ = costs = [np.sqrt(sum((b - a) ** 2)) for a, b in ends(planes)]
+    light, head, tail = [np.ones(cost.shape, bool) for cost in costs], slice(None, -1), slice(1, None)
+    for slope, row, column in (2, head, tail), (2, tail, head), (3, head, head), (3, tail, tail):
+        h, v, s = right[row], down[:, column], costs[slope]    # (H-1, W-1): a triangle's legs and its slope
+        light[0][row] &= (h <= v) | (h <= s)
+        light[1][:, column] &= (v < h) | (v <= s)
+        light[slope] &= (s < h) | (s < v)
+    a, b = zip(*ends(np.arange(planes[0].size).reshape(planes[0].shape)))
+    return [np.concatenate([x.ravel() for x in kinds]) for kinds in (a, b, costs, light)]
 
 
 def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
@@ -222,83 +180,75 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
     image: (H, W, 3) uint8; scale: their k, in grey levels of 255 (larger = larger segments); sigma: pixels of Gaussian
     smoothing; min_size: pixels. Returns (H, W) int32 labels 0..n-1 in raster order of each segment's first pixel.
 
-    The sequential algorithm visits edges by rising cost w and joins A and B if w < Int(A) + k/|A| and < Int(B) + k/|B|.
-    Two shortcuts leave its result unchanged. If an edge is the lightest leaving A and also the lightest leaving B, nothing
-    happens to either before its turn, so `rounds` passes decide all such edges of the image at once. And of several edges
-    between A and B only the lightest matters: it joins them, or one of the two is too tight for all later ones.
+    Edges are visited by rising cost w and join A and B if w < Int(A) + k/|A| and w < Int(B) + k/|B|. Two shortcuts change
+    nothing: to an edge that is the lightest leaving A and the lightest leaving B nothing happens before its turn, so `rounds`
+    passes decide all such edges at once; and of the edges between A and B only the lightest can ever join them.
     """
-    (H, W), k, image = image.shape[:2], scale / 255, np.pad(image, [(0, n < 2) for n in image.shape[:2]] + [(0, 0)], "edge")
-    if image.shape[:2] != (H, W):                                           # one pixel wide or high
-        return superpixels(image, scale, sigma, min_size, rounds)[:H, :W]
-    planes = np.stack([ndimage.gaussian_filter(c, sigma) for c in np.moveaxis(image / 255.0, 2, 0)])    # (3, H, W)
-    edges = _grid_edges(planes)
+    k, n = scale / 255, image[..., 0].size
+    planes = ndimage.gaussian_filter(np.moveaxis(image / 255.0, 2, 0), (0, sigma, sigma))                  # (3, H, W)
+    p, q, cost, light = _grid_edges(planes)
+    labels, size, limit = np.arange(n), np.ones(n), np.full(n, k)           # of a segment C: its pixels, |C|, Int(C) + k/|C|
 
-    # Bulk: rounds of mutually lightest edges. Edges are sorted by cost, so that a node's lightest is its first.
-    n = H * W
-    labels = np.arange(n).reshape(H, W)
-    size, inner = np.ones(n), np.zeros(n)                                   # |C| and Int(C)
-    a, b, w = _sorted_edges([(labels[p][m], labels[q][m], c[m]) for (c, p, q), m in zip(edges, _not_heaviest(edges))])
-    for _ in range(rounds):
+    def by_cost(chosen):                                                    # equal ones stay in grid order
+        order = np.flatnonzero(chosen)
+        order = order[np.argsort(cost[order], kind="stable")]
+        return labels[p[order]], labels[q[order]], cost[order]
+
+    a, b, w = by_cost(light)
+    for _ in range(rounds):                                                 # all mutually lightest edges at once
         every, first = np.arange(len(w)), np.full((2, n), len(w))
-        first[0, a[::-1]] = first[1, b[::-1]] = every[::-1]                 # the first is written last
+        first[0, a[::-1]] = first[1, b[::-1]] = every[::-1]                 # a segment's first edge is written last
         first = first.min(0)
         e = np.flatnonzero((first[a] == every) & (first[b] == every))
-        e = e[w[e] < (inner + k / size)[[a[e], b[e]]].min(0)]
-        i, j, root = a[e], b[e], np.ones(n, bool)
-        inner[i] = w[e]
+        e = e[w[e] < np.minimum(limit[a[e]], limit[b[e]])]
+        i, j, root = np.minimum(a[e], b[e]), np.maximum(a[e], b[e]), np.ones(n, bool)
         size[i] += size[j]
+        limit[i] = w[e] + k / size[i]
         root[j] = False
         new = np.cumsum(root) - 1
         new[j] = new[i]
-        labels, size, inner, n = new[labels], size[root], inner[root], n - len(j)
+        labels, size, limit, n = new[labels], size[root], limit[root], n - len(j)
         a, b = new[a], new[b]
         live = np.flatnonzero(a != b)
         a, b, w = a[live], b[live], w[live]
 
-    # The rest, one by one: all edges again, the lightest between each two segments.
-    a, b, w = _sorted_edges([(labels[p][m], labels[q][m], c[m]) for c, p, q in edges for m in [labels[p] != labels[q]]])
-    keep = _lightest(a, b)
-    a, b, w = a[keep], b[keep], w[keep]
-    parent, limit, count = list(range(n)), (inner + k / size).tolist(), size.tolist()
-    for i, j, cost in zip(a.tolist(), b.tolist(), w.tolist()):
-        while i != parent[i]:
-            parent[i] = i = parent[parent[i]]
-        while j != parent[j]:
-            parent[j] = j = parent[parent[j]]
-        if i != j and cost < limit[i] and cost < limit[j]:
-            if count[i] < count[j]:
-                i, j = j, i
-            parent[j] = i
-            count[i] += count[j]
-            limit[i] = cost + k / count[i]
-    a, b = (_roots(parent)[x] for x in (a, b))
-    keep = _lightest(a, b)
-    for i, j in zip(a[keep].tolist(), b[keep].tolist()):                    # too small: join across the lightest edge
-        while i != parent[i]:
-            i = parent[i]
-        while j != parent[j]:
-            j = parent[j]
-        if i != j and (count[i] < min_size or count[j] < min_size):
-            parent[j] = i
-            count[i] += count[j]
-    labels = _roots(parent)[labels].ravel()
-    first = np.full(n, H * W)
-    first[labels[::-1]] = np.arange(H * W)[::-1]                            # a segment's first pixel
-    return first.argsort().argsort().astype(np.int32)[labels].reshape(H, W)
+    a, b, w = by_cost(labels[p] != labels[q])
+    first = np.sort(np.unique(np.minimum(a, b) * n + np.maximum(a, b), return_index=True)[1])       # the lightest of each two
+    edges = [x[first].tolist() for x in (a, b, w)]
+    parent, limit, count = list(range(n)), limit.tolist(), size.tolist()
+    for least in 0, min_size:                                               # one by one; then again, for those below min_size
+        for i, j, w in zip(*edges):
+            while i != parent[i]:
+                parent[i] = i = parent[parent[i]]
+            while j != parent[j]:
+                parent[j] = j = parent[parent[j]]
+            if i != j and (count[i] < least or count[j] < least if least else w < limit[i] and w < limit[j]):
+                if i > j:                                                   # a segment is named after its first pixel
+                    i, j = j, i
+                parent[j] = i
+                count[i] += count[j]
+                limit[i] = w + k / count[i]
+    for i, j in enumerate(parent):                                          # j <= i, so that its root is known
+        parent[i] = parent[j]
+    return np.unique(parent, return_inverse=True)[1].astype(np.int32)[labels].reshape(image.shape[:2])
 
 
 # ---------------------------------------------------------------- proposals: our hierarchy, BING's boxes, MCG's file
 
+def best_first(proposals, scores, n=None):
+    """The n best (all) of proposals (N, ...) and their scores (N,), scaled to 0..1."""
+    order = np.argsort(-scores, kind="stable")[:n]
+    scores = scores[order]
+    return proposals[order], (scores - scores[-1:]) / np.maximum(scores[:1] - scores[-1:], 1e-12)
+
+
 def hierarchy(labels, image, least=0.002):
-    """Candidate segments: the nodes of a merge tree over superpixels, scored by contrast with the picture's border.
+    """Candidate segments, nothing trained: nodes of a merge tree over superpixels, scored by contrast with the border.
 
-    labels: (H, W) int, every one of 0..S-1 present; image: (H, W, 3) uint8. Returns segments (N, S) bool, one row per
-    candidate: the superpixels in it, and scores (N,) in [0, 1], best first. Nothing is trained.
-
-    A step between neighbours costs the contrast across their boundary: the distance of their mean colours (RGB in 0..1).
-    Two superpixels are as far apart as the cheapest path between them costs, and average linkage merges the closest. A
-    candidate's score is the mean distance of its pixels from the nearest superpixel at the picture's border (geodesic
-    saliency, Wei et al., ECCV 2012), scaled to 0..1 over the candidates. Those under `least` of the picture are left out.
+    labels (H, W) int, every one of 0..S-1 present; image (H, W, 3) uint8. Returns segments (N, S) bool of at least the share
+    `least` of the picture, and scores (N,) in [0, 1], best first. Neighbours are as far apart as their mean colours, others as
+    the cheapest path between them; average linkage merges the closest. A score is the mean distance of a segment's pixels from
+    the picture's border (geodesic saliency, Wei et al., ECCV 2012).
     """
     size = np.bincount(labels.ravel())
     colour = np.stack([np.bincount(labels.ravel(), c) for c in image.reshape(-1, 3).T / 255], 1) / size[:, None]   # (S, 3)
@@ -307,15 +257,13 @@ def hierarchy(labels, image, least=0.002):
         a, b = a[a != b], b[a != b]
         cost[a, b] = cost[b, a] = np.linalg.norm(colour[a] - colour[b], axis=1) + 1e-6
     far = shortest_path(cost, directed=False)                               # (S, S)
-    tree = linkage(squareform(far, checks=False), "average") if len(far) > 1 else np.empty((0, 4))
+    tree = linkage(far[np.triu_indices(len(far), 1)], "average") if len(far) > 1 else np.empty((0, 4))
     segments = np.eye(len(far) + len(tree), len(far), dtype=bool)
     for new, pair in enumerate(tree[:, :2].astype(int), len(far)):
         segments[new] = segments[pair].any(0)
     segments = segments[segments @ size >= least * labels.size]
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    scores = segments @ (size * far[:, np.unique(border)].min(1)) / (segments @ size)
-    order = np.argsort(-scores, kind="stable")
-    return segments[order], ((scores - scores.min()) / max(np.ptp(scores), 1e-12))[order]
+    return best_first(segments, segments @ (size * far[:, np.unique(border)].min(1)) / (segments @ size))
 
 
 def boxes_of(segments, labels):
@@ -326,10 +274,10 @@ def boxes_of(segments, labels):
 
 
 def cover_score(scores, shape, boxes=None, segments=None, labels=None):
-    """Section 4 of the paper: p(ij in Obj) = mean score of the proposals that cover pixel ij, 0 where there is none.
+    """p(ij in Obj), section 4: mean score of the proposals that cover pixel ij, 0 where there is none -> (H, W) float32.
 
-    scores (N,) in [0, 1]; shape (H, W). Either boxes (N, 4) x0 y0 x1 y1, pixels from round(x0) to before round(x1), or segments
-    (N, S) bool over superpixels labels (H, W). Returns (H, W) float32.
+    scores (N,); shape (H, W). Proposals are boxes (N, 4) x0 y0 x1 y1, pixels from round(x0) to before round(x1), or segments
+    (N, S) bool over superpixels labels (H, W).
     """
     one = np.stack([scores, np.ones(len(scores))]).astype(np.float64)       # (2, N): sums of scores, and how many
     if boxes is None:
@@ -337,7 +285,7 @@ def cover_score(scores, shape, boxes=None, segments=None, labels=None):
     else:
         (H, W), total = shape, np.zeros((2, shape[0] + 1, shape[1] + 1))
         x0, y0, x1, y1 = np.clip(np.round(np.asarray(boxes).T), 0, [[W], [H], [W], [H]]).astype(int)
-        for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+        for y, x, sign in (y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1):
             np.add.at(total, (slice(None), y, x), sign * one)               # corners; their running sums are the boxes
         total = total.cumsum(1).cumsum(2)[:, :H, :W]
     mean = np.divide(*total, out=np.zeros(total.shape[1:]), where=total[1] > 0.5).astype(np.float32)
@@ -345,32 +293,25 @@ def cover_score(scores, shape, boxes=None, segments=None, labels=None):
 
 
 def read_bing(model_dir):
-    """BING's trained model -> (filter (8, 8), sizes (n, 2) of box (height, width), calibration (n, 2)).
-
-    Reads ObjNessB2W8MAXBGR.{wS1,idx,wS2}.yml.gz, OpenCV FileStorage YAML; B2: sizes are powers of two 2^4..2^9 (index
-    6 * row + column), W8: the filter is 8 by 8. Raises InputError if a file is not such a matrix.
-    """
-    mats = []
+    """BING's trained model, OpenCV's YAML -> filter (8, 8), box sizes (n, 2) (height, width), calibration (n, 2)."""
     with data.reading(model_dir, "BING's trained model, three matrices of OpenCV in gzipped YAML"):
-        for part in ("wS1", "idx", "wS2"):
+        matrices = []
+        for part, shape in ("wS1", (8, 8)), ("idx", -1), ("wS2", (-1, 2)):
             text = gzip.decompress(Path(model_dir, f"ObjNessB2W8MAXBGR.{part}.yml.gz").read_bytes()).decode()
-            rows, cols, values = re.search(r"rows:\s*(\d+)\s+cols:\s*(\d+).*?data:\s*\[(.*?)\]", text, re.S).groups()
-            mats.append(np.array(values.split(","), np.float32).reshape(int(rows), int(cols)))
-        kernel, index, calibration = mats[0], mats[1].ravel().astype(int), mats[2]
-        if (not all(np.isfinite(m).all() for m in mats) or kernel.shape != (8, 8) or calibration.shape != (len(index), 2)
-                or not ((index >= 0) & (index < 36)).all()):
-            raise ValueError(f"NaN, or shapes {[m.shape for m in mats]} instead of 8x8, n, nx2")
-    return kernel, 2 ** np.stack([index // 6 + 4, index % 6 + 4], 1), calibration
+            values = re.search(r"data:\s*\[(.*?)\]", text, re.S)[1].split(",")
+            matrices.append(np.array(values, np.float32).reshape(shape))
+        kernel, index, calibration = matrices
+        if (len(index) != len(calibration) or not np.isin(index, range(36)).all()
+                or not np.isfinite(kernel).all() or not np.isfinite(calibration).all()):
+            raise ValueError("NaN, or numbers that do not fit each other")
+    return kernel, 16 << np.stack([index // 6, index % 6], 1).astype(int), calibration         # B2: powers of two, 16 to 512
 
 
 def normed_gradient(image):
-    """BING's feature: min(|gx| + |gy|, 255), central differences, the largest over the channels of image (h, w, C)
-    uint8; doubled one-sided differences at the border. Returns (h, w) int16."""
-    x = image.astype(np.int16)
-    gx, gy = np.empty_like(x), np.empty_like(x)
-    gx[:, 1:-1], gy[1:-1] = x[:, 2:] - x[:, :-2], x[2:] - x[:-2]
-    gx[:, [0, -1]], gy[[0, -1]] = 2 * (x[:, [1, -1]] - x[:, [0, -2]]), 2 * (x[[1, -1]] - x[[0, -2]])
-    return np.minimum(np.abs(gx).max(2) + np.abs(gy).max(2), 255)
+    """BING's feature of image (h, w, C) uint8: |gx| + |gy|, at most 255, (h, w) float32, of differences between a pixel's two
+    neighbours (at the border, twice that to the one), each the largest over the channels."""
+    gy, gx = np.gradient(image.astype(np.float32), axis=(0, 1))
+    return np.minimum(2 * (np.abs(gx).max(2) + np.abs(gy).max(2)), 255)
 
 
 def spread_peaks(score, side=5):
@@ -387,44 +328,32 @@ def spread_peaks(score, side=5):
 def bing(image, model_dir, n=1000, per_size=130):
     """Class-free object boxes from a trained BING model (Cheng et al., CVPR 2014): a filter on 8x8 normed gradients.
 
-    image: (H, W, 3) uint8 RGB; model_dir: see `read_bing`; per_size: boxes kept per window size. Returns boxes (n', 4)
-    float32 x0 y0 x1 y1 (pixels, x1 and y1 outside) and scores (n',) in [0, 1], best first, n' <= n.
+    image: (H, W, 3) uint8; model_dir: folder of ObjNessB2W8MAXBGR.*.yml.gz; per_size: boxes kept per window size. Returns at
+    most n boxes (N, 4) float32 x0 y0 x1 y1 (pixels, x1 and y1 outside) and scores (N,) in [0, 1], best first.
     """
-    (H, W), boxes, scores = image.shape[:2], [], []
+    (H, W), boxes, scores = image.shape[:2], [np.zeros((0, 4))], [np.zeros(0, np.float32)]
     kernel, sizes, calibration = read_bing(model_dir)
-    for (h, w), (gain, bias) in zip(sizes, calibration):
-        if h > 2 * H or w > 2 * W:
-            continue
-        h, w = min(h, H), min(w, W)
+    fit = (sizes <= [2 * H, 2 * W]).all(1)
+    for (h, w), (gain, bias) in zip(np.minimum(sizes, [H, W])[fit], calibration[fit]):
         small = Image.fromarray(image).resize((round(8 * W / w), round(8 * H / h)), Image.BILINEAR)
-        ng = torch.from_numpy(normed_gradient(np.asarray(small)).astype(np.float32))
+        ng = torch.from_numpy(normed_gradient(np.asarray(small)))
         score = F.conv2d(ng[None, None], torch.from_numpy(kernel)[None, None])[0, 0].numpy()   # one per top left corner
         top = spread_peaks(score)
         top = top[np.argsort(-score.ravel()[top], kind="stable")[:per_size]]
         y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
         boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
         scores.append(score.ravel()[top] * gain + bias)
-    if not boxes:                                                           # a picture smaller than every window
-        return np.zeros((0, 4), np.float32), np.zeros(0)
-    boxes, scores = np.concatenate(boxes).astype(np.float32), np.concatenate(scores)
-    best = np.argsort(-scores, kind="stable")[:n]
-    boxes, scores = boxes[best], scores[best]
-    return boxes, (scores - scores.min()) / max(np.ptp(scores), 1e-12)
+    return best_first(np.concatenate(boxes).astype(np.float32), np.concatenate(scores), n)
 
 
 def read_mcg(path):
-    """MCG's released proposals -> labels (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) scaled to 0..1.
-
-    path: .mat with `superpixels` (H, W) 1..S, `labels` N cells each listing a candidate's superpixels, `scores` (N, 1).
-    Raises InputError if the file is not of that form.
-    """
+    """MCG's released proposals, a .mat -> labels (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) scaled to 0..1."""
     with data.reading(path, "MCG's superpixels, labels and scores"):
-        with open(path, "rb") as file:
-            mat = scipy.io.loadmat(file)
-        labels, scores = np.asarray(mat["superpixels"]), np.asarray(mat["scores"], float).ravel()
-        parts = [np.asarray(cell, int).ravel() - 1 for cell in mat["labels"].ravel()]
+        mat = scipy.io.loadmat(path, appendmat=False)
+        labels, scores = mat["superpixels"], np.asarray(mat["scores"], float).ravel()             # labels from 1
         if labels.ndim != 2 or not 1 <= labels.min() <= labels.max() <= labels.size or (labels % 1).any():
             raise ValueError("its superpixels do not count from 1")
+        parts = [np.asarray(cell, int).ravel() - 1 for cell in mat["labels"].ravel()]
         if not len(parts) == len(scores) > 0 or not np.isfinite(scores).all() or min(p.min(initial=0) for p in parts) < 0:
             raise ValueError("not every candidate has one score")
         segments = np.zeros((len(parts), int(labels.max())), bool)
@@ -442,11 +371,10 @@ def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
     directions at each dilation (pixels), of -mean over channels of |colour difference| / (width * local standard deviation).
     """
     def neighbours(x):                                                      # (C, h, w) -> (C, 8 * dilations, h, w)
-        h, w, out = *x.shape[1:], []
-        for d in dilations:
-            y = F.pad(x[None], (d, d, d, d), mode="replicate")[0]
-            out += [y[:, i:i + h, j:j + w] for i in (0, d, 2 * d) for j in (0, d, 2 * d) if (i, j) != (d, d)]
-        return torch.stack(out, 1)
+        (h, w), m = x.shape[1:], max(dilations)
+        y = F.pad(x[None], [m] * 4, "replicate")[0]
+        offsets = [(m + i, m + j) for d in dilations for i in (-d, 0, d) for j in (-d, 0, d) if i or j]
+        return torch.stack([y[:, i:i + h, j:j + w] for i, j in offsets], 1)
     guide = torch.tensor(image).permute(2, 0, 1).float() / 255              # (3, h, w)
     x, near = torch.from_numpy(np.asarray(planes, np.float32)), neighbours(guide)
     spread = torch.cat([near, guide[:, None]], 1).std(1, keepdim=True)
@@ -464,18 +392,12 @@ def vote(labels, regions):
 
 
 def evidence(p, objectness):
-    """SP-bb and SP-seg: the best object class k (H, W), 1.., and v (H, W): its share of p (K, H, W) times objectness (H, W).
-
-    A share because the image-level prior leaves sums below 1: v then knows how large the background's p is.
-    """
+    """The best object class k (H, W), 1.., and v (H, W): its share of p (K, H, W), which the ILP lowers, times objectness."""
     return p[1:].argmax(0) + 1, p[1:].max(0) / np.maximum(p.sum(0), 1e-30) * objectness
 
 
 def thresholded(p, objectness, delta):
-    """SP-bb and SP-seg: the best object class where its `evidence` exceeds delta, else background.
-
-    p (K, H, W) after the image-level prior, objectness (H, W) as in Scene, delta (K,) -> labels (H, W).
-    """
+    """SP-bb and SP-seg: labels (H, W), the best object class where its `evidence` exceeds delta (K,), else background."""
     k, v = evidence(p, objectness)
     return np.where(v > np.asarray(delta)[k], k, 0)
 
@@ -495,13 +417,12 @@ def saliency(image):
 
 def weigh(p, objectness, trust=1):
     """p (K, h, w) times objectness (h, w) ** trust, background times (1 - objectness) ** trust; sums to 1 again."""
-    objects = np.broadcast_to(objectness, p[1:].shape)
-    p = p * np.concatenate([1 - objectness[None], objects]).astype(p.dtype) ** trust
+    p = p * np.stack([1 - objectness, *[objectness] * (len(p) - 1)]).astype(p.dtype) ** trust
     return p / np.maximum(p.sum(0), 1e-30)
 
 
 def refine(p, image, regions, cell=8):
-    """Our own, without anything trained: saliency, pixel-adaptive refinement on cells of some pixels, superpixel means.
+    """Our own, nothing trained: saliency, pixel-adaptive refinement on cells of some pixels, superpixel means.
 
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W).
     """
@@ -515,11 +436,11 @@ def refine(p, image, regions, cell=8):
 
 
 def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
-    """Labels for a training image whose tags are known, for self-training; void where no class is sure.
+    """Labels (4h, 4w) uint8 for a training image whose tags are known, for self-training; void where no class is sure.
 
     scores (K, h, w), features (D, h, w), present: indices of the tagged classes, image (3, S, S) uint8. A tagged class's
     map is its margin over the untagged ones, spread to places of like features, weighed against `threshold` (its maximum
-    is 1) for background by saliency, and refined on the image at 4h x 4w. Returns (4h, 4w) uint8.
+    is 1) for background by saliency, and refined on the image at 4h x 4w.
     """
     (_, h, w), absent = scores.shape, torch.ones(len(scores), dtype=torch.bool)
     absent[present] = absent[0] = False
@@ -530,19 +451,18 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     affinity = F.relu(x.T @ x) ** 2                                                    # (cells, cells)
     spread = (margin.flatten(1) @ affinity / affinity.sum(0)).view(-1, h, w)
     low, high = spread.amin((1, 2), keepdim=True), spread.amax((1, 2), keepdim=True)
-    maps = torch.cat([torch.full((1, h, w), threshold, device=x.device), (spread - low) / (high - low).clamp(min=1e-6)])
-    maps = F.interpolate(maps[None], (4 * h, 4 * w), mode="bilinear", align_corners=False)[0]
+    maps = F.pad((spread - low) / (high - low).clamp(min=1e-6), (0, 0, 0, 0, 1, 0), value=threshold)
+    maps = F.interpolate(maps[None], (4 * h, 4 * w), mode="bilinear")[0].cpu().numpy()
     guide = F.interpolate(image[None].float(), (4 * h, 4 * w), mode="area")[0].permute(1, 2, 0).byte().numpy()
-    share = pixel_adaptive(weigh(maps.cpu().numpy(), saliency(guide), 0.5), guide)
+    share = pixel_adaptive(weigh(maps, saliency(guide), 0.5), guide)
     labels = np.concatenate([[0], present.cpu().numpy()])[share.argmax(0)]
     return np.where(share.max(0) > sure, labels, data.VOID).astype(np.uint8)
 
 
 class Scene:
-    """One image and what the priors derive from it, each at most once. delta: prior -> thresholds (K,).
+    """One image (H, W, 3) uint8 and what the priors derive from it, each at most once. delta: prior -> thresholds (K,).
 
-    bing: folder of BING's model; mcg: folder of MCG's candidates, <name>.mat for this image; where they are absent, our own
-    hierarchy serves.
+    bing: folder of BING's model; mcg: of MCG's candidates, <name>.mat for this image; without them, our own hierarchy serves.
     """
 
     def __init__(self, image, delta=None, bing=None, mcg=None, name=""):
@@ -554,8 +474,7 @@ class Scene:
     @functools.cached_property
     def objectness(self):
         """{"bb", "seg"}: p(pixel in an object), (H, W): mean score of the covering proposals, `relative` to the picture's."""
-        shape, regions = self.image.shape[:2], self.regions
-        segments, scores = (None, None) if self.bing and self.mcg else self.segments
+        shape, regions, segments, scores = self.image.shape[:2], self.regions, *self.segments
         boxes = bing(self.image, self.bing) if self.bing else (boxes_of(segments, regions), scores)
         if self.mcg:
             regions, segments, scores = read_mcg(self.mcg)
@@ -579,8 +498,7 @@ PRIORS = {                                               # name: f(p (K, H, W), 
 
 def overlay(image, labels, alpha=0.6):
     """image (H, W, 3) uint8 under the palette's colours of labels (H, W); background stays clear."""
-    colours = data.voc_palette()[labels]
-    mix = (image * (1 - alpha) + colours * alpha).astype(np.uint8)
+    mix = (image * (1 - alpha) + data.voc_palette()[labels] * alpha).astype(np.uint8)
     return np.where((labels > 0)[..., None], mix, image)
 
 
@@ -590,37 +508,31 @@ def heat(values):
 
 
 def panel(rows, classes, width=150):
-    """A contact sheet: rows of (caption, picture (H, W, 3)) cells, with the colours of the classes that occur below.
+    """A contact sheet as a PIL image, with the colours of the classes that occur below.
 
-    rows: list of (list of (caption, picture), set of class indices). Returns a PIL image.
+    rows: list of (list of (caption, picture (H, W, 3) uint8), set of class indices).
     """
-    face, used, strips = ImageFont.load_default(18), sorted(set().union(*[k for _, k in rows])), []
-    sheet_width = 4 + max(len(cells) for cells, _ in rows) * (width + 4)
-    for cells, _ in rows:
-        pictures = []
-        for _, picture in cells:
-            height = min(max(1, round(picture.shape[0] * width / picture.shape[1])), 4 * width)
-            how = Image.LANCZOS if picture.shape[0] > 200 else Image.NEAREST
-            pictures.append(Image.fromarray(picture).resize((width, height), how))
-        strips.append(Image.new("RGB", (sheet_width, max(p.height for p in pictures) + 28), "white"))
-        for i, ((caption, _), picture) in enumerate(zip(cells, pictures)):
-            strips[-1].paste(picture, (4 + i * (width + 4), 24))
-            ImageDraw.Draw(strips[-1]).text((4 + i * (width + 4), 1), caption, "black", face)
+    used, step, face = sorted(set().union(*[k for _, k in rows])), width + 4, ImageFont.load_default(18)
+    heights = [[min(max(1, round(len(x) * width / len(x[0]))), 4 * width) for _, x in cells] for cells, _ in rows]
+    *tops, bottom = np.cumsum([0, *(max(row) + 28 for row in heights)]).tolist()
+    sheet_width = 4 + step * max(map(len, heights))
     per_line = max(1, sheet_width // 180)
-    strips.append(Image.new("RGB", (sheet_width, 8 + 26 * -(-len(used) // per_line)), "white"))
-    draw = ImageDraw.Draw(strips[-1])
+    sheet = Image.new("RGB", (sheet_width, bottom + 8 + 26 * math.ceil(len(used) / per_line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for top, row, (cells, _) in zip(tops, heights, rows):
+        for x, height, (caption, picture) in zip(range(4, sheet_width, step), row, cells):
+            how = Image.LANCZOS if len(picture) > 200 else Image.NEAREST
+            sheet.paste(Image.fromarray(picture).resize((width, height), how), (x, top + 24))
+            draw.text((x, top + 1), caption, "black", face)
     for n, k in enumerate(used):
-        x, y = 4 + n % per_line * 180, 4 + n // per_line * 26
-        draw.rectangle((x, y, x + 20, y + 20), tuple(map(int, data.voc_palette()[k])), "black")
+        x, y = 4 + n % per_line * 180, bottom + 4 + n // per_line * 26
+        draw.rectangle((x, y, x + 20, y + 20), tuple(data.voc_palette()[k].tolist()), "black")
         draw.text((x + 26, y - 1), classes[k] if k < len(classes) else "void", "black", face)
-    return Image.fromarray(np.vstack(strips))
+    return sheet
 
 
 def save_panel(path, net, samples, maps=3):
-    """Write a panel, a row for each of (name, image, truth or None), from left to right as the method goes.
-
-    Score maps of the likeliest classes with what Log-Sum-Exp and Eq. 2 make of them, labels prior by prior, truth if known.
-    """
+    """Write a panel, a row for each of (name, image, truth or None): maps of the likeliest classes, labels prior by prior."""
     rows = []
     for _, image, truth in samples:
         p, q = predict(net, image)
@@ -664,22 +576,20 @@ def main():
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")
-    if args.voc:
-        files = [Path(args.voc, "JPEGImages", f"{i}.jpg") for i in data.voc_ids(args.voc, args.set)]
-    else:
-        files = [f for p in args.images for f in (data.image_files(p) if Path(p).is_dir() else [Path(p)])]
+    files = ([Path(args.voc, "JPEGImages", f"{i}.jpg") for i in data.voc_ids(args.voc, args.set)] if args.voc else
+             [f for p in args.images for f in (data.image_files(p) if Path(p).is_dir() else [Path(p)])])
     stem, times = collections.Counter(f.stem for f in files).most_common(1)[0]
     if times > 1:
         raise InputError(f"{stem}: {times} images of this name would write the same label file; run them apart")
     net, ckpt = load_net(args.checkpoint, args.weights, args.device, args.dense)
-    out, bad, begun = Path(args.out), [], time.perf_counter()
+    out, bad, begun = Path(args.out), {}, time.perf_counter()                       # bad: file -> what is wrong with it
 
     def network(file):
         try:
             image = data.load_image(file)
             return file, image, *predict(net, image)
         except InputError as e:
-            bad.append(str(e) if str(file) in str(e) else f"{file}: {e}")
+            bad[file] = str(e) if str(file) in str(e) else f"{file}: {e}"
 
     def priors(predicted):
         if not predicted:
@@ -697,15 +607,13 @@ def main():
         if len(files) == 1:
             share = np.bincount(labels.ravel(), minlength=len(q)) / labels.size
             print(f"{file}: " + ", ".join(f"{net.classes[k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k]))
-    for _ in data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)):
-        pass
+    list(data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)))
     if args.panel:
-        good = [f for f in files[:20] if not any(str(f) in why for why in bad)]
-        save_panel(args.panel, net, [(f.stem, data.load_image(f), None) for f in good])
+        save_panel(args.panel, net, [(f.stem, data.load_image(f), None) for f in files[:20] if f not in bad])
     print(f"wrote {len(files) - len(bad)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
           f"most memory {memory(args.device):.2f} GB")
     if bad:
-        raise InputError(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad)}")
+        raise InputError(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad.values())}")
 
 
 if __name__ == "__main__":
