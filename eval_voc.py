@@ -23,7 +23,7 @@ from scipy import ndimage
 import data
 import infer
 from data import InputError, VOID
-from model import memory, pick_device
+from model import memory
 
 # Mean IoU per class on VOC 2012 val in the paper's Table 4, background first, in devkit order.
 PAPER = {

@@ -350,14 +350,17 @@ def print_row(name, *cells):
 
 def bench(name, net, device, gflops, batch=4):
     """Print images/s of the trunk in fp32 and bf16, beside a matrix product's rate, and of dense beside shifted passes."""
-    images = torch.randint(0, 256, (batch, 3, net.spec.size, net.spec.size), dtype=torch.uint8, device=device)
+    images, scores = torch.randint(0, 256, (batch, 3, net.spec.size, net.spec.size), dtype=torch.uint8, device=device), []
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, device=device).to(dtype)
         peak = rate(lambda: a @ a, device) * 2e-9 * 2048 ** 3
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             speed = rate(lambda: net.frozen(images), device) * batch
+            scores.append(net(images).float())
         print(f"{name} trunk on {device}, {str(dtype)[6:]}: {speed:.2f} images/s, {speed * gflops:.0f} GFLOP/s, "
               f"{speed * gflops / peak:.2f} of a matrix product's {peak:.0f}")
+    exact, rounded = scores
+    print(f"{name} scores in bfloat16: within {(rounded - exact).abs().max() / exact.abs().max():.1%} of the largest")
     stride, photo = geometry(net.rows)[0], images.new_zeros(1, 3, 375, 500)
     for factor in (f for f in (2, 3, 4) if stride % f == 0):
         shifts = range(0, stride, stride // factor)
