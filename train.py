@@ -331,13 +331,14 @@ def read_resumed(path, s, net):
     return ckpt
 
 
-def begin_log(path, first, every):
+def begin_log(path, first, s):
     """Start log.csv; when resuming keep the rows that a run without a break has at step `first`."""
     rows = [row.split(",") for row in path.read_text(errors="replace").splitlines()] if first and path.exists() else []
-    rows = [row for row in rows if len(row) == 6 and row[0].isdecimal() and int(row[0]) <= first and int(row[0]) % every == 0]
-    text = "\n".join(["step,samples,loss,lr,images_per_s,mean_iou", *map(",".join, rows), ""])
+    ends = {s.steps + turn * s.self_steps for turn in range(s.self_rounds + 1)}           # of the stages: logged, too
+    steps = {str(n) for n in range(1, first + 1) if n % s.log_every == 0 or n in ends}
+    rows = [",".join(row) for row in rows if len(row) == 6 and row[0] in steps]
+    text = "\n".join(["step,samples,loss,lr,images_per_s,mean_iou", *rows, ""])
     data.write_atomically(path, lambda file: file.write(text.encode()))
-    print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
 
 
 def draw_curves(out):
@@ -356,20 +357,23 @@ def train(net, items, s, device, begin, end, saved, watch=None):
 
     items: Photos, or Cached, for which no frozen layer runs; watch: a function of the net, logged with each checkpoint.
     """
-    if saved["step"] >= end:
+    first, out = max(begin, saved["step"]), Path(s.out)
+    if RANK == 0:
+        begin_log(out / "log.csv", first, s)
+    if first >= end:
         return
     cached = isinstance(items, Cached)
     photos = items.photos if cached else items
-    out, masked, share = Path(s.out), isinstance(photos, data.Masked), slice(RANK, None, WORLD)
+    masked, share = isinstance(photos, data.Masked), slice(RANK, None, WORLD)
     trained = [p for p in net.parameters() if p.requires_grad]
     common = dict(lr=s.lr, weight_decay=s.weight_decay, fused=device.type == "cuda")
     if s.optimizer == "sgd":
         optimizer = torch.optim.SGD(trained, momentum=s.momentum, **common)
     else:
         optimizer = torch.optim.AdamW(trained, betas=(s.momentum, 0.999), **common)
-    first, pending = begin, torch.zeros(0, device=device)         # pending: losses since the last line of log.csv
-    if saved["step"] > begin:
-        first, pending = saved["step"], torch.tensor(saved["pending"], device=device)
+    pending = torch.zeros(0, device=device)                       # losses since the last line of log.csv
+    if first > begin:
+        pending = torch.tensor(saved["pending"], device=device)
         with data.reading(out / "ckpt.pt", "a checkpoint to --resume; train again"):
             optimizer.load_state_dict(saved["optimizer"])
             if any(v.dim() and v.shape != p.shape for p, state in optimizer.state.items() for v in state.values()):
@@ -378,7 +382,7 @@ def train(net, items, s, device, begin, end, saved, watch=None):
         shift = s.balance * photos.frequencies.clamp(min=1e-4).log().to(device).view(1, -1, 1, 1)
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     if RANK == 0:
-        begin_log(out / "log.csv", first, s.log_every)
+        print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
 
     stop = []                                                     # Ctrl-C and SIGTERM end the loop after its step
     handlers = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
