@@ -310,7 +310,7 @@ def loaded(samples):
         yield i, data.load_image(image), data.read_labels(truth)
 
 
-def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
+def proposals(samples, bing=None):
     """What the priors could reach at best: (confusion (K, K) of superpixels that take their most frequent TRUE label, two
     lists of (area in pixels, best IoU with a proposed box): all of a class in an image, each connected region of a class).
 
@@ -321,7 +321,7 @@ def proposals(samples, bing=None, classes=len(data.VOC_CLASSES)):
         scene = infer.Scene(image)
         boxes = infer.bing(image, bing)[0] if bing else infer.boxes_of(scene.segments[0], scene.regions)
         best = infer.vote(np.where(truth == VOID, 0, truth), scene.regions)
-        matrix = matrix + confusion(truth, best.astype(np.uint8), classes)
+        matrix = matrix + confusion(truth, best.astype(np.uint8), len(data.VOC_CLASSES))
         for k in set(np.unique(truth)) - {0, VOID}:
             for objects, parts in ((whole, (truth == k).astype(int)), (regions, ndimage.label(truth == k)[0])):
                 for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
