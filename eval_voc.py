@@ -26,18 +26,13 @@ from data import InputError, VOID
 from model import memory
 
 # Mean IoU per class on VOC 2012 val in the paper's Table 4, background first, in devkit order.
-PAPER = {
-    "base": [37.0, 10.4, 12.4, 10.8, 5.3, 5.7, 25.2, 21.1, 25.15, 4.8, 21.5, 8.6, 29.1, 25.1, 23.6, 25.5, 12.0, 28.4,
-             8.9, 22.0, 11.6],
-    "ilp": [73.2, 25.4, 18.2, 22.7, 21.5, 28.6, 39.5, 44.7, 46.6, 11.9, 40.4, 11.8, 45.6, 40.1, 35.5, 35.2, 20.8, 41.7,
-            17.0, 34.7, 30.4],
-    "ilp+sppxl": [77.2, 37.3, 18.4, 25.4, 28.2, 31.9, 41.6, 48.1, 50.7, 12.7, 45.7, 14.6, 50.9, 44.1, 39.2, 37.9, 28.3,
-                  44.0, 19.6, 37.6, 35.0],
-    "ilp+bb": [78.6, 46.9, 18.6, 27.9, 30.7, 38.4, 44.0, 49.6, 49.8, 11.6, 44.7, 14.6, 50.4, 44.7, 40.8, 38.5, 26.0,
-               45.0, 20.5, 36.9, 34.8],
-    "ilp+seg": [79.6, 50.2, 21.6, 40.6, 34.9, 40.5, 45.9, 51.5, 60.6, 12.6, 51.2, 11.6, 56.8, 52.9, 44.8, 42.7, 31.2,
-                55.4, 21.5, 38.8, 36.9],
-}
+PAPER = {name: [float(value) for value in values] for name, *values in map(str.split, """
+base      37.0 10.4 12.4 10.8  5.3  5.7 25.2 21.1 25.15  4.8 21.5  8.6 29.1 25.1 23.6 25.5 12.0 28.4  8.9 22.0 11.6
+ilp       73.2 25.4 18.2 22.7 21.5 28.6 39.5 44.7 46.6 11.9 40.4 11.8 45.6 40.1 35.5 35.2 20.8 41.7 17.0 34.7 30.4
+ilp+sppxl 77.2 37.3 18.4 25.4 28.2 31.9 41.6 48.1 50.7 12.7 45.7 14.6 50.9 44.1 39.2 37.9 28.3 44.0 19.6 37.6 35.0
+ilp+bb    78.6 46.9 18.6 27.9 30.7 38.4 44.0 49.6 49.8 11.6 44.7 14.6 50.4 44.7 40.8 38.5 26.0 45.0 20.5 36.9 34.8
+ilp+seg   79.6 50.2 21.6 40.6 34.9 40.5 45.9 51.5 60.6 12.6 51.2 11.6 56.8 52.9 44.8 42.7 31.2 55.4 21.5 38.8 36.9
+""".strip().splitlines())}
 
 
 # ---------------------------------------------------------------- the measure
@@ -198,8 +193,8 @@ def fit_thresholds(net, samples, shrink=3, steps=1000):
             labels = infer.refine(p * tagged[:, None, None], scene.image, scene.regions).argmax(0)
         p, keep, here = infer.ilp(p, q), labels != VOID, np.bincount(labels.ravel(), minlength=K)[:K]
         pixels, images = pixels + here, images + (here > 0)
-        for prior in counts:
-            k, v = infer.evidence(p, scene.objectness[prior])
+        for prior, objectness in (("bb", scene.bb), ("seg", scene.seg)):
+            k, v = infer.evidence(p, objectness)
             bins = np.minimum(v * steps, steps - 1).astype(int)
             cell = (((labels == k) * K + k) * steps + bins)[keep]
             counts[prior] = counts[prior] + np.bincount(cell, minlength=2 * K * steps).reshape(2, K, steps)  # wrong, right

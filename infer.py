@@ -397,9 +397,9 @@ def evidence(p, objectness):
 
 
 def thresholded(p, objectness, delta):
-    """SP-bb and SP-seg: labels (H, W), the best object class where its `evidence` exceeds delta (K,), else background."""
+    """SP-bb and SP-seg: labels (H, W), the best object class where its `evidence` exceeds delta, (K,) or one, else background."""
     k, v = evidence(p, objectness)
-    return np.where(v > np.asarray(delta)[k], k, 0)
+    return np.where(v > np.broadcast_to(delta, len(p))[k], k, 0)
 
 
 def relative(objectness):
@@ -472,24 +472,26 @@ class Scene:
     segments = functools.cached_property(lambda self: hierarchy(self.regions, self.image))
 
     @functools.cached_property
-    def objectness(self):
-        """{"bb", "seg"}: p(pixel in an object), (H, W): mean score of the covering proposals, `relative` to the picture's."""
-        shape, regions, segments, scores = self.image.shape[:2], self.regions, *self.segments
-        boxes = bing(self.image, self.bing) if self.bing else (boxes_of(segments, regions), scores)
-        if self.mcg:
-            regions, segments, scores = read_mcg(self.mcg)
-            if regions.shape != shape:
-                raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but its image has "
-                                 f"{shape[1]}x{shape[0]}; is it another image's?")
-        return {"bb": relative(cover_score(boxes[1], shape, boxes[0])),
-                "seg": relative(cover_score(scores, shape, None, segments, regions))}
+    def bb(self):
+        """p(pixel in an object) from boxes, (H, W): mean score of those that cover it, `relative` to the picture's."""
+        boxes, scores = bing(self.image, self.bing) if self.bing else (boxes_of(self.segments[0], self.regions), self.segments[1])
+        return relative(cover_score(scores, self.image.shape[:2], boxes))
+
+    @functools.cached_property
+    def seg(self):
+        """The same from segments."""
+        regions, segments, scores = read_mcg(self.mcg) if self.mcg else (self.regions, *self.segments)
+        if regions.shape != self.image.shape[:2]:
+            raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but its image has "
+                             f"{self.image.shape[1]}x{self.image.shape[0]}; is it another image's?")
+        return relative(cover_score(scores, regions.shape, None, segments, regions))
 
 
 PRIORS = {                                               # name: f(p (K, H, W), Scene) -> labels (H, W)
     "none": lambda p, scene: p.argmax(0),
     "sppxl": lambda p, scene: vote(p.argmax(0), scene.regions),
-    "bb": lambda p, scene: thresholded(p, scene.objectness["bb"], scene.delta.get("bb", np.zeros(len(p)))),
-    "seg": lambda p, scene: thresholded(p, scene.objectness["seg"], scene.delta.get("seg", np.zeros(len(p)))),
+    "bb": lambda p, scene: thresholded(p, scene.bb, scene.delta.get("bb", 0)),
+    "seg": lambda p, scene: thresholded(p, scene.seg, scene.delta.get("seg", 0)),
     "refine": lambda p, scene: refine(p, scene.image, scene.regions).argmax(0),
 }
 

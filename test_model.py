@@ -570,7 +570,7 @@ def test_hierarchy_equals_its_loops(seed):
 def test_a_bright_object_is_found_and_seeds_keep_to_the_tags():
     image = np.full((80, 100, 3), 40, np.uint8)
     image[24:56, 32:72] = 220
-    for name, o in dict(infer.Scene(image).objectness, own=infer.saliency(image)).items():
+    for name, o in dict(bb=infer.Scene(image).bb, seg=infer.Scene(image).seg, own=infer.saliency(image)).items():
         assert o.min() < 1e-6 and o.max() < 1 and o[40, 52] > 0.6 > 0.4 > o[4, 4], name
     labels = infer.refine(np.full((2, 80, 100), 0.5, np.float32), image, infer.superpixels(image)).argmax(0)
     assert (labels == (image[..., 0] > 100)).mean() > 0.95                 # from scores that know nothing
@@ -592,7 +592,7 @@ def test_thresholds_equal_a_search():
             return np.array(eval_voc.fit_thresholds(None, zip(scenes, labels), steps=steps, shrink=shrink)[prior])
 
     def iou(labels, prior, delta):
-        drawn = [infer.thresholded(infer.ilp(p, q), s.objectness[prior], np.full(K, delta)) for s, p in zip(scenes, planes)]
+        drawn = [infer.thresholded(infer.ilp(p, q), getattr(s, prior), np.full(K, delta)) for s, p in zip(scenes, planes)]
         drawn, true = (np.arange(K)[:, None] == np.ravel(x)[np.ravel(labels) != 255] for x in (drawn, labels))
         return (drawn & true).sum(1) / np.maximum((drawn | true).sum(1), 1)
     own = [infer.refine(p * np.reshape([1, 1, 0, 1], (K, 1, 1)), s.image, s.regions).argmax(0) for s, p in zip(scenes, planes)]
