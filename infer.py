@@ -415,9 +415,9 @@ def saliency(image):
     return relative(cover_score(scores, image.shape[:2], None, segments, regions))
 
 
-def weigh(p, objectness, trust=1):
-    """p (K, h, w) times objectness (h, w) ** trust, background times (1 - objectness) ** trust; sums to 1 again."""
-    p = p * np.stack([1 - objectness, *[objectness] * (len(p) - 1)]).astype(p.dtype) ** trust
+def weigh(p, objectness):
+    """p (K, h, w) times the root of objectness (h, w), background times that of 1 - objectness; sums to 1 again."""
+    p = p * np.sqrt(np.stack([1 - objectness, *[objectness] * (len(p) - 1)])).astype(p.dtype)
     return p / np.maximum(p.sum(0), 1e-30)
 
 
@@ -454,7 +454,7 @@ def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     maps = F.pad((spread - low) / (high - low).clamp(min=1e-6), (0, 0, 0, 0, 1, 0), value=threshold)
     maps = F.interpolate(maps[None], (4 * h, 4 * w), mode="bilinear")[0].cpu().numpy()
     guide = F.interpolate(image[None].float(), (4 * h, 4 * w), mode="area")[0].permute(1, 2, 0).byte().numpy()
-    share = pixel_adaptive(weigh(maps, saliency(guide), 0.5), guide)
+    share = pixel_adaptive(weigh(maps, saliency(guide)), guide)
     labels = np.concatenate([[0], present.cpu().numpy()])[share.argmax(0)]
     return np.where(share.max(0) > sure, labels, data.VOID).astype(np.uint8)
 
