@@ -299,6 +299,8 @@ def test_a_killed_run_leaves_a_whole_checkpoint_and_resumes_bit_exact():
     for _ in range(2):                                                     # the second time there is nothing left to do
         ok(f"train {args} killed --steps 60 --resume --workers 2")
         assert outcome("whole") == outcome("killed")
+    Path("killed/log.csv").unlink()                                        # no rows are left to draw
+    ok(f"train {args} killed --steps 60 --resume")
 
 
 def test_two_processes_train_as_one_and_resume():

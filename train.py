@@ -263,7 +263,7 @@ def cached_features(net, photos, s, device):
         need_room(folder, 2 * math.prod(shape) * (n - done) // n)
         features = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float16, shape)
     if done < n:
-        print(f"caching {features.nbytes / 1e9:.1f} GB of features in {folder}")
+        print(f"caching {features.nbytes / 1e9:.2f} GB of features in {folder}")
     for start in data.progress(range(done, n, 32), "blocks cached"):
         block = range(start, min(start + 32, n))
         images, got = zip(*[photos[i, 0.5][:2] for i in block])
@@ -346,8 +346,9 @@ def draw_curves(out):
     log = np.genfromtxt(out / "log.csv", delimiter=",", names=True, ndmin=1)
     lines = {title: log[np.isfinite(log[name])][["step", name]].tolist()
              for title, name in (("loss by step", "loss"), ("mean IoU of base by step, %", "mean_iou"))}
-    sheet = Image.fromarray(np.vstack([eval_voc.plot({title: line}) for title, line in lines.items() if line]))
-    data.write_atomically(out / "curves.png", lambda file: sheet.save(file, "png"))
+    charts = [eval_voc.plot({title: line}) for title, line in lines.items() if line]
+    if charts:                                                    # a log that was taken away leaves nothing to draw
+        data.write_atomically(out / "curves.png", lambda file: Image.fromarray(np.vstack(charts)).save(file, "png"))
 
 
 # ---------------------------------------------------------------- training
