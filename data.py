@@ -191,8 +191,8 @@ class Masked(Photos):
         keys = [p.tobytes() if isinstance(p, np.ndarray) else Path(p).stem for p in photos.paths]
         held = [key for key in keys if key in masks]
         if len(set(held)) < max(1, len(held)):
-            raise InputError(f"--masks {folder}: {len(set(held))} files <name>.png for {len(held)} of {len(keys)} images; expected "
-                             "one each for some of them, or drawn for toy images")
+            raise InputError(f"--masks {folder}: {len(set(held))} files <name>.png for {len(held)} of {len(keys)} images; "
+                             "expected one each for some of them, or drawn for toy images")
         rows = [i for i, key in enumerate(keys) if key in masks or photos.tags[i, 0] > 0]
         masks = [masks.get(keys[i], np.zeros((1, 1), np.uint8)) for i in rows]
         kept = photos.take(rows)

@@ -378,7 +378,6 @@ def run_ladder(args):
             report["rows"] = {row + "*oracle" * row.endswith(("bb", "seg")): r for row, r in report["rows"].items()}
         reports[path], settings[path] = report, ckpt["settings"]
         print_ladder(report)
-        draw_ladder(args.chart, report)
         if args.panel:
             infer.save_panel(args.panel, net, loaded(samples[:20]))
     print(f"{len(samples) * len(reports) / (time.perf_counter() - start):.2f} images/s, "
@@ -386,6 +385,7 @@ def run_ladder(args):
     if len(reports) > 1:
         print_runs(reports, settings)
     write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)
+    draw_ladder(args.chart, report)
 
 
 def run_proposals(args):
@@ -442,7 +442,7 @@ def main():
     add = sub.add_argument
     add("checkpoint", nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
     add("--json", metavar="FILE", help="also write the numbers here")
-    add("--chart", default="out/ladder.png", metavar="FILE", help="a picture of every class's IoU [out/ladder.png]")
+    add("--chart", default="out/ladder.png", metavar="FILE", help="a picture of every class's IoU, of the last checkpoint [out/ladder.png]")
     add("--limit", type=int, default=0, metavar="N", help="score N images spread over the set [all]")
     add("--forms", action="store_true", help="also a row for every form of Eq. 7")
     add("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")

@@ -27,7 +27,7 @@ from scipy.sparse.csgraph import shortest_path
 
 import data
 from data import InputError
-from model import Net, dense_rows, load_trunk, memory, peak_bytes, pick_device, upsample
+from model import Net, dense_rows, has_bfloat16, load_trunk, memory, peak_bytes, pick_device, upsample
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -91,6 +91,7 @@ def load_net(path, weights=None, device="cpu", dense=None, sides=None):
         net.load_state_dict(ckpt["model"], strict=False)              # trained trunk layers win over the public ones
     net.grid, net.sides = net.grid if dense is None else dense, sides or net.sides
     checked(dense_rows, net.rows, net.grid)
+    net.amp = net.amp and has_bfloat16(torch.device(device))
     return net.to(device).to(memory_format=torch.channels_last).eval(), ckpt
 
 

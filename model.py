@@ -322,6 +322,13 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def has_bfloat16(device):
+    """Whether it computes in bfloat16 itself: where that is only emulated it is several times slower than float32."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def memory(device):
     """Most memory this process has held so far, GB: on the GPU if there is one, else resident."""
     if device.type == "cuda":

@@ -39,7 +39,7 @@ import data
 import eval_voc
 import infer
 from data import InputError
-from model import AGGREGATIONS, TRUNKS, in_size, load_trunk, memory, pick_device, pixel_loss, rate, tag_loss
+from model import AGGREGATIONS, TRUNKS, has_bfloat16, in_size, load_trunk, memory, pick_device, pixel_loss, rate, tag_loss
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # which of how many: set by torchrun
 
@@ -107,7 +107,7 @@ class Settings:
     out: str = opt("run", "", "output folder (empty: out/<preset>)", free=True)
     seed: int = opt("run", 0, "decides weights, order, jitter and dropout", 0, 2 ** 32)
     device: str = opt("run", "auto", "auto, cpu, cuda, cuda:1, mps", check=pick_device, free=True)
-    amp: bool = opt("run", False, "bfloat16 autocast")
+    amp: bool = opt("run", False, "bfloat16 autocast, where the device has it")
     compile: bool = opt("run", False, "torch.compile the head", free=True)
     workers: int = opt("run", 0, "loader processes", 0, free=True)
     log_every: int = opt("run", 20, "steps between lines of log.csv", 1)
@@ -124,7 +124,7 @@ PRESETS = {
                 self_steps=600, self_rounds=3, weight_decay=1e-4, amp=True, size=288),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
     "folder": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500,
-                   weight_decay=1e-4),
+                   weight_decay=1e-4, amp=True),
 }
 
 
@@ -554,6 +554,7 @@ def first_process_first():
 def main():
     preset, s, given = parse(sys.argv[1:])
     out, device, start = Path(s.out), join_processes(pick_device(s.device)), time.perf_counter()
+    s.amp = s.amp and has_bfloat16(device)
     if s.resume and not (out / "ckpt.pt").exists():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint to --resume; leave that out, or give the run's --out")
     photos = load_photos(preset, s)
@@ -566,8 +567,8 @@ def main():
     saved = read_resumed(out / "ckpt.pt", s, net) if s.resume else dict(step=0)
     if RANK == 0:
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        print(f"{preset} on {device}: {len(photos):,} images, {len(photos.classes)} classes, {trained:,} trained parameters"
-              + "".join(f", {k}={v}" for k, v in given.items()))
+        print(f"{preset} on {device}{' in bfloat16' * s.amp}: {len(photos):,} images, {len(photos.classes)} classes, "
+              f"{trained:,} trained parameters" + "".join(f", {k}={v}" for k, v in given.items()))
     if s.bench:
         return bench(net.train(), photos, s, device)
     if RANK == 0:
