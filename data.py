@@ -72,6 +72,11 @@ def progress(items, what, total=None):
                   end="\n" if done == total else "", file=sys.stderr)
 
 
+def spread(n, k):
+    """k of n indices, evenly spread, or all of them."""
+    return np.linspace(0, n - 1, min(n, k)).astype(int).tolist()
+
+
 def write_atomically(path, write):
     """Call write(file) on a temporary file beside path, flush it to disk, then rename: path is whole or as before."""
     path = Path(path)
@@ -140,6 +145,13 @@ def load_image(path, near=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image.convert("RGB"))
+
+
+def shrink(image, longest=1000):
+    """image (H, W, 3) uint8 reduced, if need be, to so many pixels along its longer side: what the priors are made for."""
+    small = Image.fromarray(image)
+    small.thumbnail((longest, longest))
+    return np.asarray(small)
 
 
 @dataclasses.dataclass

@@ -291,7 +291,7 @@ def voc_samples(voc, name, limit=0):
     ids = data.voc_ids(voc, name)
     if limit < 0:
         raise InputError(f"--limit {limit}: expected 0 or more")
-    ids = [ids[i] for i in sorted(set(np.linspace(0, len(ids) - 1, limit).astype(int)))] if limit else ids
+    ids = [ids[i] for i in data.spread(len(ids), limit)] if limit else ids
     samples = [(i, Path(voc, "JPEGImages", f"{i}.jpg"), Path(voc, "SegmentationClass", f"{i}.png")) for i in ids]
     gone = next((path for sample in samples for path in sample[1:] if not path.is_file()), None)
     if gone:
@@ -442,7 +442,7 @@ def main():
     add = sub.add_argument
     add("checkpoint", nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
     add("--json", metavar="FILE", help="also write the numbers here")
-    add("--chart", default="out/ladder.png", metavar="FILE", help="a picture of every class's IoU, of the last checkpoint [out/ladder.png]")
+    add("--chart", default="out/ladder.png", metavar="FILE", help="where to draw every class's IoU [out/ladder.png]")
     add("--limit", type=int, default=0, metavar="N", help="score N images spread over the set [all]")
     add("--forms", action="store_true", help="also a row for every form of Eq. 7")
     add("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")

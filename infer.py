@@ -5,7 +5,8 @@
     python infer.py CKPT photo.jpg --panel demo.png      # a picture of how it came about
     python infer.py CKPT --voc VOC2012 --set val --out out/val        # a VOC set, ready for eval_voc.py score
 
-No true label is read here. Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
+No true label is read here. A large photograph is labelled at 1,000 px along its longer side, and the labels are enlarged.
+Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
 """
 import collections
 import functools
@@ -570,7 +571,7 @@ def main():
     add("--voc", metavar="DIR", help="label a set of this devkit instead")
     add("--set", default="val", help="which set of --voc [val]")
     add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
-    add("--soft", action="store_true", help="also write the class scores as .npz")
+    add("--soft", action="store_true", help="also write the class scores as .npz, at the labelled size")
     add_options(parser)
     add = parser.add_argument_group("labelling").add_argument
     add("--prior", choices=list(PRIORS), default="none", help="what smooths the label map, section 4 [none]")
@@ -589,20 +590,22 @@ def main():
 
     def network(file):
         try:
-            image = data.load_image(file)
-            return file, image, *predict(net, image)
+            photo = data.load_image(file)
+            image = data.shrink(photo)
+            return file, photo, image, *predict(net, image)
         except InputError as e:
             bad[file] = str(e) if str(file) in str(e) else f"{file}: {e}"
 
     def priors(predicted):
         if not predicted:
             return
-        file, image, p, q = predicted
+        file, photo, image, p, q = predicted
         p = ilp(p, q, args.ilp_form) if args.ilp else p
         labels = PRIORS[args.prior](p, Scene(image, ckpt["thresholds"], args.bing, args.mcg, file.stem))
+        labels = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(photo.shape[1::-1], Image.NEAREST))
         data.save_labels(out / f"{file.stem}.png", labels)
         if not args.voc:
-            picture = Image.fromarray(overlay(image, labels))
+            picture = Image.fromarray(overlay(photo, labels))
             data.write_atomically(out / f"{file.stem}_overlay.png", lambda f: picture.save(f, "png"))
         if args.soft:
             data.write_atomically(out / f"{file.stem}.npz", lambda f: np.savez_compressed(
@@ -612,7 +615,7 @@ def main():
             print(f"{file}: " + ", ".join(f"{net.classes[k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k]))
     list(data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)))
     if args.panel:
-        save_panel(args.panel, net, [(f.stem, data.load_image(f), None) for f in files[:20] if f not in bad])
+        save_panel(args.panel, net, [(f.stem, data.shrink(data.load_image(f)), None) for f in files[:20] if f not in bad])
     print(f"wrote {len(files) - len(bad)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
           f"most memory {memory(args.device):.2f} GB")
     if bad:

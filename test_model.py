@@ -399,7 +399,7 @@ def test_photographs_of_every_kind_and_size_are_read_trained_on_and_labelled(mon
     save_bing("bing")
     for prior in ("bb", "seg", "refine"):
         ok(f"infer o/ckpt.pt photos --prior {prior} --bing bing --soft --out l")
-        assert data.read_labels("l/4.png").shape == (1, 20_000)
+        assert data.read_labels("l/4.png").shape == (1, 20_000) and np.load("l/4.npz")["scores"].shape == (3, 1, 1000)
     assert data.load_image("l/turned_overlay.png").shape == (40, 30, 3) and Path("o/panel.png").exists()
     with np.load("l/turned.npz", allow_pickle=False) as soft:
         assert soft["scores"].shape == (3, 40, 30) and soft["classes"].tolist() == photos.classes

@@ -161,11 +161,6 @@ def parse(argv):
     return preset, s, given
 
 
-def spread(n, k):
-    """k of n indices, evenly spread, or all of them."""
-    return np.linspace(0, n - 1, min(n, k)).astype(int).tolist()
-
-
 def load_photos(preset, s):
     """The preset's tagged photographs."""
     photos = {"toy": lambda: data.toy_photos(s.seed, s.toy_images),
@@ -176,7 +171,7 @@ def load_photos(preset, s):
         extra = data.imagenet_photos(s.background, s.synsets)
         photos = data.join(photos, extra.take(torch.where(extra.tags[:, 0] > 0)[0].tolist()))
     if s.limit:
-        photos = photos.take(spread(len(photos), s.limit))
+        photos = photos.take(data.spread(len(photos), s.limit))
     photos.size, photos.cut = s.size, preset == "paper"
     if s.masks:
         photos = data.Masked.of(photos, s.masks)
@@ -511,8 +506,8 @@ def finish(net, photos, s, scenes):
     def readable(indices):
         for i in indices:
             with contextlib.suppress(InputError):                 # named during training
-                yield i, photos.image(i)
-    out, few = Path(s.out), spread(len(photos), s.threshold_images)
+                yield i, data.shrink(photos.image(i))
+    out, few = Path(s.out), data.spread(len(photos), s.threshold_images)
     tagged = ((infer.Scene(image), photos.tags[i]) for i, image in readable(data.progress(few, "thresholds")))
     ckpt = dict(infer.read_checkpoint(out / "ckpt.pt"), thresholds=eval_voc.fit_thresholds(net, tagged))
     head = dict(ckpt, optimizer={}, pending=[], model={k: v.half() for k, v in ckpt["model"].items()},      # to give away
