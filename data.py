@@ -194,13 +194,16 @@ class Masked(Photos):
     rows: list = ()                            # its index among the photos that it was chosen from
 
     @classmethod
-    def of(cls, photos, folder):
-        """The photos with a mask <stem>.png in the folder ("drawn" for toy images), and those that are all background."""
+    def of(cls, photos, folder, names=None):
+        """The photos with a mask in the folder ("drawn" for toy images), and those that are all background.
+
+        names: of the masks without .png, one a photo; by default the photos' own.
+        """
         if photos.recipe and folder == "drawn":
             masks = {image.tobytes(): labels for _, image, labels in _toy_drawn(*photos.recipe)}
         else:
             masks = {p.stem: p for p in Path(folder).glob("*.png")}
-        keys = [p.tobytes() if isinstance(p, np.ndarray) else Path(p).stem for p in photos.paths]
+        keys = names or [p.tobytes() if isinstance(p, np.ndarray) else Path(p).stem for p in photos.paths]
         held = [key for key in keys if key in masks]
         if len(set(held)) < max(1, len(held)):
             raise InputError(f"--masks {folder}: {len(set(held))} files <name>.png for {len(held)} of {len(keys)} images; "

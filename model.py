@@ -343,8 +343,8 @@ def rate(f, device, seconds=3.0):
     n, spent, start = 0, 0.0, time.perf_counter()
     while spent < seconds:
         f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         n, spent = n + 1, time.perf_counter() - start
     return n / spent
 

@@ -124,7 +124,7 @@ PRESETS = {
                 self_steps=600, self_rounds=3, weight_decay=1e-4, amp=True, size=288),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
     "folder": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500,
-                   weight_decay=1e-4, amp=True),
+                   self_steps=300, self_rounds=2, weight_decay=1e-4, amp=True),
 }
 
 
@@ -153,7 +153,7 @@ def parse(argv):
             *((not getattr(s, name), name, f"{preset} needs it") for name in needed),
             (s.train_convs > sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows), "train-convs", f"{s.trunk} has fewer"),
             (s.self_steps and (preset == "toy" or not s.cache), "self-steps",
-             "needs image files (not toy), a --cache, and a trunk that is frozen in part"),
+             "needs image files (not toy), a --cache, and a trunk that is frozen in part; else give --self-steps 0"),
             (s.masks and preset == "paper", "masks", "not for paper, whose images are cut"),
             (s.batch % WORLD, "batch", f"{s.batch} images cannot be shared by {WORLD} processes")]:
         if wrong:
@@ -451,8 +451,8 @@ def blame(photos, s, done, losses, out):
 
 
 @torch.no_grad()
-def label_training_images(net, photos, features, device, folder):
-    """Self-training: write labels that net, features and tags give each training image that is not all background."""
+def label_training_images(net, photos, features, device, folder, names):
+    """Self-training: write <name>.png that net, features and tags give each training image that is not all background."""
     for i in data.progress(torch.where(photos.tags[:, 0] == 0)[0].tolist(), "training images labelled"):
         image, got = photos[i, 0.5][:2]                           # (3, H, W)
         if got == i:                                              # it can be read
@@ -462,7 +462,7 @@ def label_training_images(net, photos, features, device, folder):
             cut = margin * image.shape[1] // x.shape[1]           # in pixels
             labels = infer.seeds(scores, F.pad(x, [-margin] * 4), torch.where(photos.tags[i])[0], F.pad(image, [-cut] * 4))
             labels = np.pad(labels, 4 * margin, constant_values=data.VOID)
-            data.save_labels(folder / f"{Path(photos.paths[i]).stem}.png", labels)
+            data.save_labels(folder / f"{names[i]}.png", labels)
 
 
 # ---------------------------------------------------------------- before and after
@@ -575,12 +575,13 @@ def main():
     scenes = data.toy_scenes(s.seed, s.toy_scenes) if preset == "toy" else None         # the one set with truth at hand
     watch = scenes and (lambda net: eval_voc.ladder(net, scenes, priors=())["rows"]["base"]["mean_iou_defined"])
     train(net, items, s, device, 0, s.steps, saved, watch)
+    names = [f"{i:06}_{Path(path).stem}" for i, path in enumerate(photos.paths)] if s.self_steps else []
     for turn in range(s.self_rounds if s.self_steps else 0):
         own, begin = out / f"self{turn + 1}", s.steps + turn * s.self_steps
         with first_process_first():
             if RANK == 0 and saved["step"] <= begin:
-                label_training_images(net.eval(), photos, features, device, own)
-            labelled = data.Masked.of(photos, own)
+                label_training_images(net.eval(), photos, features, device, own, names)
+            labelled = data.Masked.of(photos, own, names)
         train(net, Cached(labelled, features, labelled.rows, s.jitter), s, device, begin, begin + s.self_steps, saved)
     if RANK == 0:
         finish(net.eval(), photos, s, scenes)
