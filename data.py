@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Call main(); the user's mistakes end as one line on stderr and exit status 2, ours keep their traceback."""
+    """Call main(). A mistake of the user ends as one line on stderr and status 2, Ctrl-C with 130; ours keep their traceback."""
     if hasattr(sys.stdout, "reconfigure"):                                  # file names need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -59,6 +59,8 @@ def run_cli(main):
             e = f"{e.filename or ''}: {e.strerror or e}; check that it exists, may be used, and that the disk has room"
         print(f"{Path(sys.argv[0]).name}: {e}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def progress(items, what, total=None):
