@@ -65,7 +65,6 @@ def random_image(seed, height, width):
 
 
 def photo(path, seed=0, height=24, width=30, kind=None):
-    """Save a picture of noise."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(random_image(seed, height, width)).save(path, kind)
 
@@ -314,8 +313,7 @@ def test_two_processes_train_as_one_and_resume():
         done = torchrun(HERE / "train.py", *args.split(), *rest.split())
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (np.array([row[2] for row in outcome(run)[0][1:]], float) for run in ("one", "two"))
-    assert len(one) == len(two) == 20 and np.abs(one - two).max() < 1e-5
-    assert outcome("two") == outcome("parts")
+    assert len(one) == len(two) == 20 and np.abs(one - two).max() < 1e-5 and outcome("two") == outcome("parts")
 
 
 def test_toy_masks_belong_to_their_images_and_augmentation_moves_both():
@@ -378,7 +376,8 @@ def test_photographs_of_every_kind_and_size_are_read_trained_on_and_labelled(mon
     image.transpose(Image.Transpose.ROTATE_90).save("photos/turned.jpg", exif=exif, quality=95)
     image.convert("CMYK").save("photos/cmyk.jpg", quality=95)
     image.quantize(256).save("photos/palette.png")
-    image.save("photos/plain.bmp")
+    for name in ("photos/plain.bmp", "plain.bmp"):
+        image.save(name)
     Image.fromarray(np.dstack([ramp, alpha])).save("photos/alpha.png")
     Image.fromarray(ramp[..., 0].astype(np.uint16) * 257).save("photos/deep.png")
     whole, broken = [f"photos/{name}" for name in ("turned.jpg", "cmyk.jpg", "palette.png", "plain.bmp")], Path("half.jpg")
@@ -395,6 +394,8 @@ def test_photographs_of_every_kind_and_size_are_read_trained_on_and_labelled(mon
     photos = data.folder_photos("photos", "tags.csv")
     assert photos.classes == ["background", "cat", "dog"] and photos.tags[:4, 1:].tolist() == [[0, 1], [1, 1], [0, 0], [0, 0]]
     ok(f"train folder {GO} --out o --images photos --tags tags.csv --steps 2 --batch 4 --views 3")
+    Path("two.csv").write_text("photos/plain.bmp,cat\nplain.bmp,dog")      # two of one name, each with a label of its own
+    assert ok(f"train folder {GO} --self-steps 1 --images . --tags two.csv --out two") and len(os.listdir("two/self1")) == 2
     save_bing("bing")
     for prior in ("bb", "seg", "refine"):
         ok(f"infer o/ckpt.pt photos --prior {prior} --bing bing --soft --out l")
@@ -410,12 +411,11 @@ def test_losses_that_are_not_finite_and_full_disks_stop_a_run():
     refused(f"train {TOY} --steps 9 --lr 1e30 --optimizer sgd --out bad", "the loss is not finite", "toy ", "checkpoint: none")
     plain, disk = f"train {TOY} --steps 1 --out o", train.shutil.disk_usage(".")
     cached = f"{plain} --train-convs 0 --cache c --head 4"
-    Path("file").write_text("in the way")
-    refused(f"{plain} --out file/o", "file/o", "check that")
+    refused(f"{plain} --out bad/log.csv/o", "bad/log.csv/o", "check that")                   # a file is in the way
     for command, full in ((plain, "o"), (cached, "o"), (cached, "c")):
         with mock.patch.object(train.shutil, "disk_usage", lambda at: disk._replace(free=10 ** (5 if at.name == full else 9))):
             refused(command, f" {full}: ", "needed", "make room")
-    assert {str(p) for p in Path().rglob("*") if p.is_file()} <= {"file", "bad/log.csv", "bad/settings.json", "o/settings.json"}
+    assert {str(p) for p in Path().rglob("*") if p.is_file()} <= {"bad/log.csv", "bad/settings.json", "o/settings.json"}
     ok(cached)
 
 
