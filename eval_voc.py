@@ -94,18 +94,13 @@ def variants(matrices, void_matrices):
 
 def attempt(function, items):
     """Map over items on all cores -> results; what is wrong with any of them is raised as one InputError."""
-    def safely(item):
-        try:
-            return function(item)
-        except InputError as e:
-            return e
     with ThreadPoolExecutor() as pool:
-        results = list(data.progress(pool.map(safely, items), "checked", len(items)))
-    wrong = [str(result) for result in results if isinstance(result, InputError)]
+        jobs = [pool.submit(function, item) for item in items]
+        wrong = [str(job.exception()) for job in data.progress(jobs, "checked") if isinstance(job.exception(), InputError)]
     if wrong:
         raise InputError(f"{len(wrong)} of {len(items)} files cannot be used: {'; '.join(wrong[:20])}"
                          + " ..." * (len(wrong) > 20))
-    return results
+    return [job.result() for job in jobs]
 
 
 def score(folder, voc, name, classes, void_too=False):
