@@ -51,7 +51,7 @@ def confusion(truth, prediction, classes):
     rows = np.bincount(truth.astype(np.intp) * classes + prediction, minlength=256 * classes).reshape(256, classes)
     if rows[classes:VOID].any():
         raise ValueError(f"its truth holds index {classes + rows[classes:VOID].any(1).argmax()}, beyond the {classes} classes")
-    return rows[:classes]
+    return rows[:classes].copy()                           # a view would keep all 256 rows
 
 
 def measures(matrix):
