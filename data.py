@@ -199,7 +199,8 @@ class Masked(Photos):
     def of(cls, photos, folder, names=None):
         """The photos with a mask in the folder ("drawn" for toy images), and those that are all background.
 
-        names: of the masks without .png, one a photo; by default the photos' own.
+        names: of the masks without .png, one a photo; by default the photos' own. Raises InputError where no photo has a
+        mask, or two photos share one.
         """
         if photos.recipe and folder == "drawn":
             masks = {image.tobytes(): labels for _, image, labels in _toy_drawn(*photos.recipe)}

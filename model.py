@@ -323,7 +323,7 @@ def pick_device(name="auto"):
 
 
 def has_bfloat16(device):
-    """Whether it computes in bfloat16 itself: where that is only emulated it is several times slower than float32."""
+    """Whether a torch.device computes in bfloat16 itself: where that is emulated it is several times slower than float32."""
     if device.type == "cpu":
         return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
