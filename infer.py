@@ -423,15 +423,16 @@ def weigh(p, objectness):
     return p / np.maximum(p.sum(0), 1e-30)
 
 
-def refine(p, image, regions, cell=8):
-    """Our own, nothing trained: saliency, pixel-adaptive refinement on cells of some pixels, superpixel means.
+def refine(p, image, regions, cells=64):
+    """Our own, nothing trained: saliency, pixel-adaptive refinement on so many cells along the longer side, superpixel means.
 
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W).
     """
     def resized(planes, like, mode="bilinear"):
         return F.interpolate(torch.from_numpy(planes)[None], like.shape[:2], mode=mode)[0].numpy()
+    cell = max(1, round(max(image.shape[:2]) / cells))                      # pixels
     coarse, small = (np.asarray(Image.fromarray(image).resize([-(-n // by) for n in image.shape[1::-1]], Image.BOX))
-                     for by in (cell, 4))
+                     for by in (cell, max(1, cell // 2)))
     p = weigh(p, resized(saliency(small)[None], image)[0])
     p = resized(pixel_adaptive(resized(p, coarse, "area"), coarse), image)
     return np.stack([ndimage.mean(plane, regions, range(regions.max() + 1)) for plane in p])[:, regions]
