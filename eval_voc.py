@@ -380,7 +380,7 @@ def run_ladder(args):
     if len(reports) > 1:
         print_runs(reports, settings)
     write_json(args.json, dict(report, checkpoints=reports) if len(reports) > 1 else report)
-    draw_ladder(args.chart, report)
+    draw_ladder(args.chart or Path(args.json or "out/ladder").with_suffix(".png"), report)
 
 
 def run_proposals(args):
@@ -437,7 +437,7 @@ def main():
     add = sub.add_argument
     add("checkpoint", nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
     add("--json", metavar="FILE", help="also write the numbers here")
-    add("--chart", default="out/ladder.png", metavar="FILE", help="where to draw every class's IoU [out/ladder.png]")
+    add("--chart", metavar="FILE", help="where to draw every class's IoU [the JSON's name with .png; without it, out/ladder.png]")
     add("--limit", type=int, default=0, metavar="N", help="score N images spread over the set [all]")
     add("--forms", action="store_true", help="also a row for every form of Eq. 7")
     add("--priors", nargs="+", choices=list(infer.PRIORS), default=list(infer.PRIORS), help="which rungs [all]")

@@ -8,6 +8,7 @@
 No true label is read here. A large photograph is labelled at 1,000 px along its longer side, and the labels are enlarged.
 Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
 """
+import argparse
 import collections
 import functools
 import gzip
@@ -316,7 +317,7 @@ def normed_gradient(image):
     return np.minimum(2 * (np.abs(gx).max(2) + np.abs(gy).max(2)), 255)
 
 
-def spread_peaks(score, side=5):
+def non_maximum_suppression(score, side=5):
     """Greedy non-maximum suppression: flat indices of the points of score (h, w) that no better kept point has in its
     side x side window, in no order. Rounds of local maxima give just those that a loop from the best down would keep."""
     alive, kept = score.copy(), []
@@ -340,7 +341,7 @@ def bing(image, model_dir, n=1000, per_size=130):
         small = Image.fromarray(image).resize((round(8 * W / w), round(8 * H / h)), Image.BILINEAR)
         ng = torch.from_numpy(normed_gradient(np.asarray(small)))
         score = F.conv2d(ng[None, None], torch.from_numpy(kernel)[None, None])[0, 0].numpy()   # one per top left corner
-        top = spread_peaks(score)
+        top = non_maximum_suppression(score)
         top = top[np.argsort(-score.ravel()[top], kind="stable")[:per_size]]
         y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
         boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
@@ -486,7 +487,7 @@ class Scene:
         regions, segments, scores = read_mcg(self.mcg) if self.mcg else (self.regions, *self.segments)
         if regions.shape != self.image.shape[:2]:
             raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but its image has "
-                             f"{self.image.shape[1]}x{self.image.shape[0]}; is it another image's?")
+                             f"{self.image.shape[1]}x{self.image.shape[0]}; is it another image's, or above 1,000 px?")
         return relative(cover_score(scores, regions.shape, None, segments, regions))
 
 
@@ -576,7 +577,7 @@ def main():
     add_options(parser)
     add = parser.add_argument_group("labelling").add_argument
     add("--prior", choices=list(PRIORS), default="none", help="what smooths the label map, section 4 [none]")
-    add("--ilp", action=data.argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7 [yes, as the paper]")
+    add("--ilp", action=argparse.BooleanOptionalAction, default=True, help="image-level prior, Eq. 7 [yes, as the paper]")
     add("--ahead", type=int, default=2, metavar="N", help="images the network may be ahead of the priors [2]")
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):

@@ -505,7 +505,7 @@ def test_proposals_equal_their_loops(seed):
     for y, x in zip(*np.unravel_index(np.argsort(-score, None), score.shape)):
         if all(max(abs(y - v), abs(x - u)) > 2 for v, u in kept):
             kept.append((y, x))
-    assert sorted(infer.spread_peaks(score)) == sorted(y * 30 + x for y, x in kept)
+    assert sorted(infer.non_maximum_suppression(score)) == sorted(y * 30 + x for y, x in kept)
     for (y, x), got in np.ndenumerate(infer.normed_gradient(image.astype(np.uint8))):
         up, down, left, right = max(y - 1, 0), min(y + 1, 8), max(x - 1, 0), min(x + 1, 10)
         gx, gy = abs(image[y, right] - image[y, left]).max(), abs(image[down, x] - image[up, x]).max()
@@ -794,6 +794,6 @@ def test_readme_commands_run_as_written():
     for script, first, rest in lines:
         more = f"{small.get(first, small['toy'])} --steps 1 --threshold-images 1 --device cpu" if script == "train" else ""
         ok(f"{script} {first} {rest} {more}")
-    assert all(Path(file).exists() for file in ("results.tgz", "out/voc/ladder.json", "out/ladder.png", "out/toy/curves.png"))
+    assert all(Path(file).exists() for file in ("results.tgz", "out/voc/ladder.json", "out/voc/ladder.png", "out/toy/curves.png"))
     assert all(name.startswith("head.") for name in infer.read_checkpoint("out/paper/ckpt.pt")["model"])   # a licence matter
     ok("infer out/paper/ckpt.pt photos/0.jpg --weights net_weight_1 --dense 2 --device cpu --out l")
