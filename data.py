@@ -401,9 +401,13 @@ def toy_photos(seed, n, size=96):
 
 
 def toy_scenes(seed, n, size=144):
-    """n test scenes with two to four objects each: list of (name, image (H, W, 3) uint8, labels (H, W) uint8)."""
+    """n test scenes: list of (name, image (H, W, 3) uint8, labels (H, W) uint8).
+
+    Two to four objects each, of one or two classes, as in nearly all photographs of VOC.
+    """
     rng = np.random.default_rng([seed, 1])
-    return [(f"scene{i}", *toy_scene(rng, size, rng.choice(TOY_CLASSES[1:], rng.integers(2, 5)), 2)) for i in range(n)]
+    kinds = (rng.permutation(TOY_CLASSES[1:])[:rng.integers(1, 3)] for _ in range(n))
+    return [(f"scene{i}", *toy_scene(rng, size, rng.choice(few, rng.integers(2, 5)), 2)) for i, few in enumerate(kinds)]
 
 
 def augment(images, random, labels=None, flip=0.5, rotate=10.0, scale=0.2, brightness=0.2, contrast=0.2):
