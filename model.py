@@ -326,7 +326,7 @@ def has_bfloat16(device):
     """Whether a torch.device computes in bfloat16 itself: where that is emulated it is several times slower than float32."""
     if device.type == "cpu":
         return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)      # MPS: nobody has tried
 
 
 def memory(device):
