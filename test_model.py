@@ -784,11 +784,11 @@ def test_readme_commands_run_as_written():
         photo(f"photos/{n}.jpg", n, 70, 60)
     Path("tags.csv").write_text("0.jpg,cat\n1.jpg,cat;dog\n2.jpg,dog\n3.jpg,\n")
     save_vgg("vgg16_features.pth")
-    Path("net_weight_1").touch()
-    os.truncate("net_weight_1", SLOW_OVERFEAT["overfeat"][0])
+    Path("synsets.csv").write_text("n01443537,cat\nn00000001,dog\n")
+    np.memmap("net_weight_1", mode="w+", shape=SLOW_OVERFEAT["overfeat"][0])
     Path("assets").symlink_to(HERE / "assets")
     small = dict.fromkeys(["voc", "folder"], "--size 64 --head 8 --self-rounds 1 --self-steps 1 --batch 4")
-    small |= dict(toy="--toy-images 8 --toy-scenes 1 --batch 4", paper="--batch 1 --head 8 --workers 0")
+    small |= dict(toy="--toy-images 8 --toy-scenes 1 --batch 4", paper="--batch 1 --head 8 --workers 0 --synsets synsets.csv")
     lines = re.findall(r"^python (\w+)\.py *(\S*)(.*?)(?:  #.*)?$", (HERE / "README.md").read_text(), re.M)
     assert len(lines) >= 12
     for script, first, rest in lines:
