@@ -98,8 +98,7 @@ def attempt(function, items):
         jobs = [pool.submit(function, item) for item in items]
         wrong = [str(job.exception()) for job in data.progress(jobs, "checked") if isinstance(job.exception(), InputError)]
     if wrong:
-        raise InputError(f"{len(wrong)} of {len(items)} files cannot be used: {'; '.join(wrong[:20])}"
-                         + " ..." * (len(wrong) > 20))
+        raise InputError(f"{len(wrong)} of {len(items)} cannot be used: {'; '.join(wrong[:20])}{' ...' * (len(wrong) > 20)}")
     return [job.result() for job in jobs]
 
 
@@ -300,27 +299,6 @@ def loaded(samples):
         yield i, data.load_image(image), data.read_labels(truth)
 
 
-def proposals(samples, bing=None):
-    """What the priors could reach at best: (confusion (K, K) of superpixels that take their most frequent TRUE label, two
-    lists of (area in pixels, best IoU with a proposed box): all of a class in an image, each connected region of a class).
-
-    samples: (name, image, truth); bing: folder of BING's model, else the boxes of our own segments.
-    """
-    matrix, whole, regions = 0, [], []
-    for _, image, truth in samples:
-        scene = infer.Scene(image)
-        boxes = infer.bing(image, bing)[0] if bing else infer.boxes_of(scene.segments[0], scene.regions)
-        best = infer.vote(np.where(truth == VOID, 0, truth), scene.regions)
-        matrix = matrix + confusion(truth, best.astype(np.uint8), len(data.VOC_CLASSES))
-        for k in set(np.unique(truth)) - {0, VOID}:
-            for objects, parts in ((whole, (truth == k).astype(int)), (regions, ndimage.label(truth == k)[0])):
-                for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
-                    low, high = np.maximum(boxes[:, :2], (x.start, y.start)), np.minimum(boxes[:, 2:], (x.stop, y.stop))
-                    both, one = np.prod(np.maximum(high - low, 0), 1), (x.stop - x.start) * (y.stop - y.start)
-                    objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max(initial=0)))
-    return matrix, whole, regions
-
-
 # ---------------------------------------------------------------- commands
 
 def read_classes(path):
@@ -384,7 +362,19 @@ def run_ladder(args):
 
 
 def run_proposals(args):
-    matrix, whole, regions = proposals(loaded(voc_samples(args.voc, args.set, args.limit)), args.bing)
+    """What the priors could reach at best: superpixels that take their most frequent TRUE label; the best box of each object."""
+    matrix, whole, regions = 0, [], []                             # of objects: (area in pixels, best IoU with a proposed box)
+    for _, image, truth in loaded(voc_samples(args.voc, args.set, args.limit)):
+        scene = infer.Scene(image)
+        boxes = infer.bing(image, args.bing)[0] if args.bing else infer.boxes_of(scene.segments[0], scene.regions)
+        best = infer.vote(np.where(truth == VOID, 0, truth), scene.regions)
+        matrix = matrix + confusion(truth, best.astype(np.uint8), len(data.VOC_CLASSES))
+        for k in set(np.unique(truth)) - {0, VOID}:
+            for objects, parts in ((whole, (truth == k).astype(int)), (regions, ndimage.label(truth == k)[0])):
+                for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
+                    low, high = np.maximum(boxes[:, :2], (x.start, y.start)), np.minimum(boxes[:, 2:], (x.stop, y.stop))
+                    both, one = np.prod(np.maximum(high - low, 0), 1), (x.stop - x.start) * (y.stop - y.start)
+                    objects.append((area, (both / (np.prod(boxes[:, 2:] - boxes[:, :2], 1) + one - both)).max(initial=0)))
     print(f"superpixels with their most frequent true label: {100 * np.trace(matrix) / matrix.sum():.1f} % of the pixels, "
           f"mean IoU {np.nanmean(measures(matrix)[0]):.1f}")
     for what, objects in (("all of a class in an image", whole), ("connected regions of a class", regions)):
