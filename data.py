@@ -83,7 +83,7 @@ def write_atomically(path, write):
     """Call write(file) on a temporary file beside path, flush it to disk, then rename: path is whole or as before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -102,7 +102,7 @@ def reading(path, expected):
     except InputError:
         raise
     except Exception as e:                                # decoders and parsers raise many kinds on damaged files
-        why = getattr(e, "strerror", None) or str(e).replace(str(path), "it").partition("\n")[0]
+        why = getattr(e, "strerror", None) or str(e).replace(repr(str(path)), "it").partition("\n")[0]
         why = why if 0 < len(why) < 160 else type(e).__name__            # torch's advice there is to execute the file
         raise InputError(f"{path}: {why}; expected {expected}") from e
 
@@ -129,7 +129,7 @@ def read_labels(path):
 
 def save_labels(path, labels):
     """Write (H, W) class indices as a palette PNG in VOC's 256 colours."""
-    image = Image.fromarray(np.asarray(labels, np.uint8)).convert("L")
+    image = Image.fromarray(np.asarray(labels, np.uint8))
     image.putpalette(voc_palette().tobytes())
     write_atomically(path, lambda file: image.save(file, "png"))
 
@@ -163,7 +163,7 @@ class Photos:
     tags: torch.Tensor                         # (N, K) float32 of 0/1
     classes: list                              # K names
     size: int = 0                              # pixels
-    cut: bool = False                          # squares cut out (the paper) instead of whole photographs squashed
+    crop: bool = False                         # squares cropped (the paper) instead of whole photographs squashed
     recipe: tuple = ()                         # (seed, n, size) of toy images
 
     def __len__(self):
@@ -174,26 +174,26 @@ class Photos:
         return self.paths[i] if isinstance(self.paths[i], np.ndarray) else load_image(self.paths[i], near)
 
     def __getitem__(self, key):
-        """(i, place of the cut in 0..1) -> image (3, size, size) uint8 and i; a broken file gives the next good one."""
+        """(i, place of the crop in 0..1) -> image (3, size, size) uint8 and i; a broken file gives the next good one."""
         i, place = key
         square, linear = (self.size, self.size), Image.BILINEAR
         for j in range(i, i + len(self)):
             with contextlib.suppress(InputError):
                 image = Image.fromarray(self.image(j % len(self), near=self.size))
-                image = ImageOps.fit(image, square, linear, 0, (place, place)) if self.cut else image.resize(square, linear)
+                image = ImageOps.fit(image, square, linear, 0, (place, place)) if self.crop else image.resize(square, linear)
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1), j % len(self)
         raise InputError(f"{self.paths[0]}: none of {len(self)} images can be read; mend or remove them")
 
     def take(self, keep):
         """The photographs at these indices, in this order."""
-        return dataclasses.replace(self, paths=[self.paths[i] for i in keep], tags=self.tags[torch.as_tensor(keep)])
+        return dataclasses.replace(self, paths=[self.paths[i] for i in keep], tags=self.tags[keep])
 
 
 @dataclasses.dataclass
 class Masked(Photos):
     """Whole photos with labels: for supervision per pixel only, and the one way from training to a mask."""
     masks: list = ()                           # a label PNG or array (H, W) for each photo
-    rows: list = ()                            # its index among the photos that it was chosen from
+    indices: list = ()                         # its index among the photos that it was chosen from
 
     @classmethod
     def of(cls, photos, folder, names=None):
@@ -211,10 +211,10 @@ class Masked(Photos):
         if len(set(held)) < max(1, len(held)):
             raise InputError(f"--masks {folder}: {len(set(held))} files <name>.png for {len(held)} of {len(keys)} images; "
                              "expected one each for some of them, or drawn for toy images")
-        rows = [i for i, key in enumerate(keys) if key in masks or photos.tags[i, 0] > 0]
-        masks = [masks.get(keys[i], np.zeros((1, 1), np.uint8)) for i in rows]
-        kept = photos.take(rows)
-        return cls(kept.paths, kept.tags, kept.classes, kept.size, masks=masks, rows=rows)
+        indices = [i for i, key in enumerate(keys) if key in masks or photos.tags[i, 0] > 0]
+        masks = [masks.get(keys[i], np.zeros((1, 1), np.uint8)) for i in indices]
+        kept = photos.take(indices)
+        return cls(kept.paths, kept.tags, kept.classes, kept.size, masks=masks, indices=indices)
 
     def labels(self, i):
         """Labels (size, size) uint8 of photo i, squashed as the photo is (nearest)."""
@@ -239,11 +239,6 @@ def tagged(paths, tags, classes, **more):
     """Photos of these paths; tags: the set of class indices of each, an empty one means background."""
     matrix = [[float(k in (present or {0})) for k in range(len(classes))] for present in tags]
     return Photos(paths, torch.tensor(matrix), classes, **more)
-
-
-def join(a, b):
-    """Photos of a followed by those of b, which has the same classes."""
-    return dataclasses.replace(a, paths=a.paths + b.paths, tags=torch.cat([a.tags, b.tags]))
 
 
 # ---------------------------------------------------------------- sets of photographs: VOC, a folder of your own, ImageNet
@@ -285,21 +280,20 @@ def voc_tags(voc, name):
 
 
 def xml_tags(path):
-    """(classes present, classes only present as difficult) of one Annotations file, as sets of class indices."""
+    """Classes of one Annotations file, difficult ones too, as a set of class indices."""
     with reading(path, "VOC's XML of the tags, needed for images that ImageSets/Main does not list"):
         root = ElementTree.parse(path).getroot()
         if root.tag != "annotation":
             raise ValueError(f"<{root.tag}> instead of <annotation>")
-        objects = {(o.findtext("name", "").strip(), o.findtext("difficult", "").strip() == "1") for o in root.findall("object")}
-    present, difficult = ({k for k, name in enumerate(VOC_CLASSES) if k and (name, hard) in objects} for hard in (False, True))
-    return present, difficult - present
+        names = {o.findtext("name", "").strip() for o in root.findall("object")}
+    return {k for k, name in enumerate(VOC_CLASSES) if k and name in names}
 
 
 def voc_photos(voc, name):
     """Photos of a set with its tags, difficult objects included: from ImageSets/Main or, where not listed, Annotations."""
     listed, ids = voc_tags(voc, name), voc_ids(voc, name, ("Main", "Segmentation"))
-    pairs = [listed.get(i) or xml_tags(Path(voc, "Annotations", f"{i}.xml")) for i in ids]
-    return tagged([Path(voc, "JPEGImages", f"{i}.jpg") for i in ids], [a | b for a, b in pairs], VOC_CLASSES)
+    tags = [set.union(*listed[i]) if i in listed else xml_tags(Path(voc, "Annotations", f"{i}.xml")) for i in ids]
+    return tagged([Path(voc, "JPEGImages", f"{i}.jpg") for i in ids], tags, VOC_CLASSES)
 
 
 def image_files(folder):
@@ -415,7 +409,7 @@ def augment(images, random, labels=None, flip=0.5, rotate=10.0, scale=0.2, brigh
 
     images (B, 3, H, W) uint8 or float in 0..255, on any device; labels (B, H, W) uint8 or None move along, void where
     nothing is. random (7, B): uniform in 0..1, what is drawn. Returns float images and the labels, same shapes.
-    flip: chance; rotate: degrees; scale, brightness, contrast: largest relative change (ranges: the paper gives none).
+    flip: chance; the others are the largest, and the paper gives none: degrees, log of the factor, share of 255, relative.
     """
     flips, turns, zooms, lights, gains, *shifts = random.to(images.device, non_blocking=True) * 2 - 1    # (B,) in -1..1
     sign, angle, zoom = torch.where(flips < 2 * flip - 1, -1.0, 1.0), turns * rotate * np.pi / 180, torch.exp(zooms * scale)

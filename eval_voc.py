@@ -8,7 +8,6 @@
 One 21 x 21 histogram over the whole set, void pixels left out, the plain mean over all 21 classes: VOCevalseg.m.
 Letters in shape comments: K classes, H W pixels. Matrices have a row per true and a column per predicted class.
 """
-import io
 import json
 import math
 import tarfile
@@ -25,7 +24,7 @@ import infer
 from data import InputError, VOID
 from model import memory
 
-# Mean IoU per class on VOC 2012 val in the paper's Table 4, background first, in devkit order.
+# IoU per class on VOC 2012 val in the paper's Table 4, background first, in devkit order.
 PAPER = {name: [float(value) for value in values] for name, *values in map(str.split, """
 base      37.0 10.4 12.4 10.8  5.3  5.7 25.2 21.1 25.15  4.8 21.5  8.6 29.1 25.1 23.6 25.5 12.0 28.4  8.9 22.0 11.6
 ilp       73.2 25.4 18.2 22.7 21.5 28.6 39.5 44.7 46.6 11.9 40.4 11.8 45.6 40.1 35.5 35.2 20.8 41.7 17.0 34.7 30.4
@@ -66,6 +65,8 @@ def summarise(matrix, classes, images):
 
     mean_iou_defined: over the classes_defined classes that occur; mean_accuracy: mean recall, Table 2's measure.
     """
+    if not matrix.any():
+        raise InputError("every pixel of the truth is void; expected label PNGs with class indices")
     iou, precision, recall = ([None if math.isnan(v) else float(v) for v in values] for values in measures(matrix))
     return dict(mean_iou=None if None in iou else mean_defined(iou), mean_iou_defined=mean_defined(iou),
                 classes_defined=len(classes) - iou.count(None), images=images, mean_accuracy=mean_defined(recall),
@@ -84,16 +85,15 @@ def variants(matrices, void_matrices):
     void_matrices: the same with void pixels counted as background in the truth.
     """
     total = sum(matrices)
-    hit, true, predicted = np.diag(total), total.sum(1), total.sum(0)
     iou = measures(total)[0]
     return {"mean over images of the mean over their classes": np.mean([np.nanmean(measures(m)[0]) for m in matrices]),
-            "epsilon in the fraction (absent classes count 0)": np.mean(100 * hit / (true + predicted - hit + 1e-10)),
-            "classes that occur in the truth only": iou[true > 0].mean(),
+            "epsilon in the fraction (absent classes count 0)": np.nan_to_num(iou).mean(),
+            "mean over the classes of the truth": iou[total.sum(1) > 0].mean(),
             "void counted as background": np.nanmean(measures(sum(void_matrices))[0])}
 
 
 def attempt(function, items):
-    """Map over items on all cores -> results; what is wrong with any of them is raised as one InputError."""
+    """Map over items in threads -> results; what is wrong with any of them is raised as one InputError."""
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(function, item) for item in items]
         wrong = [str(job.exception()) for job in data.progress(jobs, "checked") if isinstance(job.exception(), InputError)]
@@ -102,15 +102,14 @@ def attempt(function, items):
     return [job.result() for job in jobs]
 
 
-def score(folder, voc, name, classes, void_too=False):
-    """Score a folder of label PNGs against a set's truth: (confusions of single images, those with void as background)."""
+def score(folder, voc, name, classes, void=VOID):
+    """A folder of label PNGs against a set's truth: confusions of single images; void: what its void pixels count as."""
     def compare(i):
         path, truth = Path(folder, f"{i}.png"), data.read_labels(Path(voc, "SegmentationClass", f"{i}.png"))
         labels = data.read_labels(path)
         with data.reading(path, "labels as infer.py writes them"):
-            void = confusion(np.where(truth == VOID, 0, truth), labels, len(classes)) if void_too else 0
-            return confusion(truth, labels, len(classes)), void
-    return list(zip(*attempt(compare, data.voc_ids(voc, name))))
+            return confusion(np.where(truth == VOID, void, truth).astype(np.uint8), labels, len(classes))
+    return attempt(compare, data.voc_ids(voc, name))
 
 
 def print_score(report, matrix, classes):
@@ -241,7 +240,7 @@ def plot(series, rows=None):
         draw.line([at(0, y), at(x_high, y)], "#e0e0e0", 2)
         draw.text((left - 14, at(0, y)[1]), name, "black", face, anchor="rm")
     x = left
-    for colour, (name, line) in zip(colours, series.items()):
+    for colour, (name, line) in zip(colours * len(series), series.items()):
         points = [at(*point) for point in line]
         if not rows:
             draw.line(points, colour, 5, "curve")
@@ -294,9 +293,12 @@ def voc_samples(voc, name, limit=0):
 
 
 def loaded(samples):
-    """Yield (id, image, truth) of `voc_samples`."""
-    for i, image, truth in data.progress(samples, "images"):
-        yield i, data.load_image(image), data.read_labels(truth)
+    """Yield (id, image, truth) of `voc_samples`; raises InputError where the two have not the same size."""
+    for i, photo, mask in data.progress(samples, "images"):
+        image, truth = data.load_image(photo), data.read_labels(mask)
+        if truth.shape != image.shape[:2]:
+            raise InputError(f"{mask}: {truth.shape} pixels, but its photograph has {image.shape[:2]}; expected the same")
+        yield i, image, truth
 
 
 # ---------------------------------------------------------------- commands
@@ -320,12 +322,12 @@ def write_json(path, report):
 
 def run_score(args):
     classes, start = read_classes(args.classes), time.perf_counter()
-    matrices, with_void = score(args.folder, args.voc, args.set, classes, args.variants)
+    matrices = score(args.folder, args.voc, args.set, classes)
     report = summarise(sum(matrices), classes, len(matrices))
     print_score(report, sum(matrices), classes)
     print(f"{len(matrices) / (time.perf_counter() - start):.0f} images/s")
     if args.variants:
-        report["variants"] = variants(matrices, with_void)
+        report["variants"] = variants(matrices, score(args.folder, args.voc, args.set, classes, void=0))
         print("\nvariants: NOT VOC's measure, for comparison with papers that used them")
         for name, value in report["variants"].items():
             print(f"{value:7.2f}  {name}")
@@ -364,11 +366,12 @@ def run_ladder(args):
 def run_proposals(args):
     """What the priors could reach at best: superpixels that take their most frequent TRUE label; the best box of each object."""
     matrix, whole, regions = 0, [], []                             # of objects: (area in pixels, best IoU with a proposed box)
-    for _, image, truth in loaded(voc_samples(args.voc, args.set, args.limit)):
+    for name, image, truth in loaded(voc_samples(args.voc, args.set, args.limit)):
         scene = infer.Scene(image)
         boxes = infer.bing(image, args.bing)[0] if args.bing else infer.boxes_of(scene.segments[0], scene.regions)
         best = infer.vote(np.where(truth == VOID, 0, truth), scene.regions)
-        matrix = matrix + confusion(truth, best.astype(np.uint8), len(data.VOC_CLASSES))
+        with data.reading(name, "a mask of VOC's classes"):
+            matrix = matrix + confusion(truth, best.astype(np.uint8), len(data.VOC_CLASSES))
         for k in set(np.unique(truth)) - {0, VOID}:
             for objects, parts in ((whole, (truth == k).astype(int)), (regions, ndimage.label(truth == k)[0])):
                 for area, (y, x) in zip(np.bincount(parts.ravel())[1:], ndimage.find_objects(parts)):
@@ -394,22 +397,20 @@ def run_submit(args):
                 if image.mode != "P" or image.size != photo.size or labels.max() >= len(data.VOC_CLASSES):
                     raise ValueError(f"mode {image.mode}, size {image.size} where the photograph has {photo.size}, "
                                      f"highest index {labels.max()} of 20")
-            return i, path.read_bytes()
-    files = attempt(check, data.voc_ids(args.voc, args.set))
+    ids = data.voc_ids(args.voc, args.set)
+    attempt(check, ids)
 
     def pack(file):
-        with tarfile.open(fileobj=file, mode="w:gz") as tar:
-            for i, content in files:
-                entry = tarfile.TarInfo(f"results/VOC2012/Segmentation/comp6_{args.set}_cls/{i}.png")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+        with tarfile.open(fileobj=file, mode="w:gz", dereference=True) as tar:
+            for i in ids:
+                tar.add(Path(args.folder, f"{i}.png"), f"results/VOC2012/Segmentation/comp6_{args.set}_cls/{i}.png")
     data.write_atomically(args.out, pack)
-    print(f"{args.out}: {len(files)} label maps; upload as comp6")
+    print(f"{args.out}: {len(ids)} label maps; upload as comp6")
 
 
 def main():
     parser = data.Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{score,ladder,submit,proposals}")
+    commands = parser.add_subparsers(required=True)
 
     def command(run, text, set="val"):
         sub = commands.add_parser(run.__name__[4:], help=text, description=text)
@@ -425,7 +426,7 @@ def main():
 
     sub = command(run_ladder, "every prior, from a checkpoint")
     add = sub.add_argument
-    add("checkpoint", nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table of mean and range over seeds")
+    add("checkpoint", nargs="+", help="ckpt.pt or head.pt of train.py; several: also a table over seeds, pictures of the last")
     add("--json", metavar="FILE", help="also write the numbers here")
     add("--chart", metavar="FILE", help="where to draw every class's IoU [the JSON's name with .png; without it, out/ladder.png]")
     add("--limit", type=int, default=0, metavar="N", help="score N images spread over the set [all]")

@@ -6,7 +6,7 @@
     python infer.py CKPT --voc VOC2012 --set val --out out/val        # a VOC set, ready for eval_voc.py score
 
 No true label is read here. A large photograph is labelled at 1,000 px along its longer side, and the labels are enlarged.
-Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
+Letters in shape comments: K classes, H W pixels, h w cells, D channels, N proposals, S superpixels.
 """
 import argparse
 import collections
@@ -61,7 +61,7 @@ def checked(function, *arguments):
 
 def numbers(text):
     """"512,256" -> [512, 256]. Raises ValueError where one is no positive number."""
-    found = [int(n) for n in text.split(",")] if text != "" else []
+    found = [int(n) for n in text.split(",") if text]
     if not all(0 < n < 100_000 for n in found):
         raise ValueError(f"{text}: expected numbers from 1 to 99,999, such as 288,432")
     return found
@@ -132,7 +132,7 @@ def predict(net, image):
 
 
 ILP_FORMS = {                                            # name: what multiplies each class's plane, of q (K,)
-    "objects": lambda q: np.r_[1, q[1:]],                # Eq. 7 read literally: background is not in C; measures best
+    "objects": lambda q: np.r_[1, q[1:]],                # Eq. 7 read literally: background is not in C
     "all": lambda q: q,                                  # background is multiplied too
     "square": lambda q: np.r_[1, q[1:] ** 2],
     "threshold": lambda q: np.r_[1, q[1:] > 0.05],       # a class is in the picture or not
@@ -239,24 +239,24 @@ def superpixels(image, scale=100, sigma=0.5, min_size=50, rounds=24):
 # ---------------------------------------------------------------- proposals: our hierarchy, BING's boxes, MCG's file
 
 def best_first(proposals, scores, n=None):
-    """The n best (all) of proposals (N, ...) and their scores (N,), scaled to 0..1."""
+    """The n best (None: all) of proposals (N, ...) and their scores (N,), scaled to 0..1."""
     order = np.argsort(-scores, kind="stable")[:n]
     scores = scores[order]
     return proposals[order], (scores - scores[-1:]) / np.maximum(scores[:1] - scores[-1:], 1e-12)
 
 
-def hierarchy(labels, image, least=0.002):
+def hierarchy(regions, image, least=0.002):
     """Candidate segments, nothing trained: nodes of a merge tree over superpixels, scored by contrast with the border.
 
-    labels (H, W) int, every one of 0..S-1 present; image (H, W, 3) uint8. Returns segments (N, S) bool of at least the share
+    regions (H, W) int, every one of 0..S-1 present; image (H, W, 3) uint8. Returns segments (N, S) bool of at least the share
     `least` of the picture, and scores (N,) in [0, 1], best first. Neighbours are as far apart as their mean colours, others as
     the cheapest path between them; average linkage merges the closest. A score is the mean distance of a segment's pixels from
     the picture's border (geodesic saliency, Wei et al., ECCV 2012).
     """
-    size = np.bincount(labels.ravel())
-    colour = np.stack([np.bincount(labels.ravel(), c) for c in image.reshape(-1, 3).T / 255], 1) / size[:, None]   # (S, 3)
+    size = np.bincount(regions.ravel())
+    colour = np.stack([np.bincount(regions.ravel(), c) for c in image.reshape(-1, 3).T / 255], 1) / size[:, None]   # (S, 3)
     cost = np.zeros((len(size), len(size)))                                 # 0: no neighbours
-    for a, b in ((labels[:, 1:], labels[:, :-1]), (labels[1:], labels[:-1])):
+    for a, b in ((regions[:, 1:], regions[:, :-1]), (regions[1:], regions[:-1])):
         a, b = a[a != b], b[a != b]
         cost[a, b] = cost[b, a] = np.linalg.norm(colour[a] - colour[b], axis=1) + 1e-6
     far = shortest_path(cost, directed=False)                               # (S, S)
@@ -264,35 +264,34 @@ def hierarchy(labels, image, least=0.002):
     segments = np.eye(len(far) + len(tree), len(far), dtype=bool)
     for new, pair in enumerate(tree[:, :2].astype(int), len(far)):
         segments[new] = segments[pair].any(0)
-    segments = segments[segments @ size >= least * labels.size]
-    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    segments = segments[segments @ size >= least * regions.size]
+    border = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
     return best_first(segments, segments @ (size * far[:, np.unique(border)].min(1)) / (segments @ size))
 
 
-def boxes_of(segments, labels):
-    """Tight boxes (N, 4) x0 y0 x1 y1 (x1, y1 outside) of segments (N, S) bool over labels (H, W); empty ones: zeros."""
-    ends = [(x.start, y.start, -x.stop, -y.stop) for y, x in ndimage.find_objects(labels + 1)]
+def boxes_of(segments, regions):
+    """Tight boxes (N, 4) x0 y0 x1 y1 (x1, y1 outside) of segments (N, S) bool over regions (H, W); empty ones: zeros."""
+    ends = [(x.start, y.start, -x.stop, -y.stop) for y, x in ndimage.find_objects(regions + 1)]
     box = np.stack([np.where(segments, end, np.inf).min(1) for end in zip(*ends)], 1) * [1, 1, -1, -1]
     return np.where(np.isfinite(box), box, 0).astype(np.float32)
 
 
-def cover_score(scores, shape, boxes=None, segments=None, labels=None):
+def cover_score(scores, shape, boxes=None, segments=None, regions=None):
     """p(ij in Obj), section 4: mean score of the proposals that cover pixel ij, 0 where there is none -> (H, W) float32.
 
     scores (N,); shape (H, W). Proposals are boxes (N, 4) x0 y0 x1 y1, pixels from round(x0) to before round(x1), or segments
-    (N, S) bool over superpixels labels (H, W).
+    (N, S) bool over superpixels, regions (H, W).
     """
     one = np.stack([scores, np.ones(len(scores))]).astype(np.float64)       # (2, N): sums of scores, and how many
     if boxes is None:
-        total = one @ segments                                              # (2, S)
+        total = (one @ segments)[:, regions]                                # (2, H, W)
     else:
         (H, W), total = shape, np.zeros((2, shape[0] + 1, shape[1] + 1))
         x0, y0, x1, y1 = np.clip(np.round(np.asarray(boxes).T), 0, [[W], [H], [W], [H]]).astype(int)
         for y, x, sign in (y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1):
             np.add.at(total, (slice(None), y, x), sign * one)               # corners; their running sums are the boxes
         total = total.cumsum(1).cumsum(2)[:, :H, :W]
-    mean = np.divide(*total, out=np.zeros(total.shape[1:]), where=total[1] > 0.5).astype(np.float32)
-    return mean[labels] if boxes is None else mean
+    return np.divide(*total, out=np.zeros(shape), where=total[1] > 0.5).astype(np.float32)
 
 
 def read_bing(model_dir):
@@ -317,15 +316,15 @@ def normed_gradient(image):
     return np.minimum(2 * (np.abs(gx).max(2) + np.abs(gy).max(2)), 255)
 
 
-def non_maximum_suppression(score, side=5):
-    """Greedy non-maximum suppression: flat indices of the points of score (h, w) that no better kept point has in its
-    side x side window, in no order. Rounds of local maxima give just those that a loop from the best down would keep."""
-    alive, kept = score.copy(), []
-    while np.isfinite(alive).any():
-        peaks = np.isfinite(alive) & (alive == ndimage.maximum_filter(alive, side))
-        kept.append(np.flatnonzero(peaks))
-        alive[ndimage.maximum_filter(peaks, side)] = -np.inf
-    return np.concatenate(kept)
+def non_maximum_suppression(score, n, reach=2):
+    """The n best points of score (h, w) that no better kept one has within reach, as flat indices, best first."""
+    free, kept = np.ones(score.shape, bool), []
+    for i in np.argsort(-score, None, "stable").tolist():
+        y, x = divmod(i, score.shape[1])
+        if free[y, x] and len(kept) < n:
+            kept.append(i)
+            free[max(0, y - reach):y + reach + 1, max(0, x - reach):x + reach + 1] = False
+    return np.array(kept)
 
 
 def bing(image, model_dir, n=1000, per_size=130):
@@ -341,8 +340,7 @@ def bing(image, model_dir, n=1000, per_size=130):
         small = Image.fromarray(image).resize((round(8 * W / w), round(8 * H / h)), Image.BILINEAR)
         ng = torch.from_numpy(normed_gradient(np.asarray(small)))
         score = F.conv2d(ng[None, None], torch.from_numpy(kernel)[None, None])[0, 0].numpy()   # one per top left corner
-        top = non_maximum_suppression(score)
-        top = top[np.argsort(-score.ravel()[top], kind="stable")[:per_size]]
+        top = non_maximum_suppression(score, per_size)
         y, x = top // score.shape[1] * (h / 8), top % score.shape[1] * (w / 8)
         boxes.append(np.stack([x, y, np.minimum(x + w, W), np.minimum(y + h, H)], 1))
         scores.append(score.ravel()[top] * gain + bias)
@@ -415,7 +413,7 @@ def saliency(image):
     """p(pixel in an object) of a small picture (h, w, 3) uint8 from its own hierarchy, (h, w) in [0, 1); see `hierarchy`."""
     regions = superpixels(image, 50, 0.5, 5)
     segments, scores = hierarchy(regions, image)
-    return relative(cover_score(scores, image.shape[:2], None, segments, regions))
+    return relative(cover_score(scores, regions.shape, segments=segments, regions=regions))
 
 
 def weigh(p, objectness):
@@ -442,7 +440,7 @@ def refine(p, image, regions, cells=64):
 def seeds(scores, features, present, image, threshold=0.3, sure=0.5):
     """Labels (4h, 4w) uint8 for a training image whose tags are known, for self-training; void where no class is sure.
 
-    scores (K, h, w), features (D, h, w), present: indices of the tagged classes, image (3, S, S) uint8. A tagged class's
+    scores (K, h, w), features (D, h, w), present: indices of the tagged classes, image (3, H, W) uint8. A tagged class's
     map is its margin over the untagged ones, spread to places of like features, weighed against `threshold` (its maximum
     is 1) for background by saliency, and refined on the image at 4h x 4w.
     """
@@ -488,7 +486,7 @@ class Scene:
         if regions.shape != self.image.shape[:2]:
             raise InputError(f"{self.mcg}: {regions.shape[1]}x{regions.shape[0]} pixels, but its image has "
                              f"{self.image.shape[1]}x{self.image.shape[0]}; is it another image's, or above 1,000 px?")
-        return relative(cover_score(scores, regions.shape, None, segments, regions))
+        return relative(cover_score(scores, regions.shape, segments=segments, regions=regions))
 
 
 PRIORS = {                                               # name: f(p (K, H, W), Scene) -> labels (H, W)
@@ -519,14 +517,14 @@ def panel(rows, classes, width=150):
     rows: list of (list of (caption, picture (H, W, 3) uint8), set of class indices).
     """
     used, step, face = sorted(set().union(*[k for _, k in rows])), width + 4, ImageFont.load_default(18)
-    heights = [[min(max(1, round(len(x) * width / len(x[0]))), 4 * width) for _, x in cells] for cells, _ in rows]
-    *tops, bottom = np.cumsum([0, *(max(row) + 28 for row in heights)]).tolist()
-    sheet_width = 4 + step * max(map(len, heights))
+    heights = [min(max(1, round(len(x) * width / len(x[0]))), 4 * width) for ((_, x), *_), _ in rows]      # one size a row
+    *tops, bottom = np.cumsum([0, *(height + 28 for height in heights)]).tolist()
+    sheet_width = 4 + step * max(len(cells) for cells, _ in rows)
     per_line = max(1, sheet_width // 180)
     sheet = Image.new("RGB", (sheet_width, bottom + 8 + 26 * math.ceil(len(used) / per_line)), "white")
     draw = ImageDraw.Draw(sheet)
-    for top, row, (cells, _) in zip(tops, heights, rows):
-        for x, height, (caption, picture) in zip(range(4, sheet_width, step), row, cells):
+    for top, height, (cells, _) in zip(tops, heights, rows):
+        for x, (caption, picture) in zip(range(4, sheet_width, step), cells):
             how = Image.LANCZOS if len(picture) > 200 else Image.NEAREST
             sheet.paste(Image.fromarray(picture).resize((width, height), how), (x, top + 24))
             draw.text((x, top + 1), caption, "black", face)
@@ -561,7 +559,7 @@ def add_options(parser):
     add("--bing", metavar="DIR", help="BING's model, for bb [boxes around our own segments]")
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own hierarchy]")
     add("--dense", type=int, metavar="F", help="score grid F times finer than the stride [the checkpoint's]")
-    add("--panel", metavar="FILE", help="also draw the first 20 images: labels prior by prior, score maps")
+    add("--panel", metavar="FILE", help="also draw the first 20 images: score maps, labels of base, ILP, refine")
     add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
 
 
@@ -584,11 +582,13 @@ def main():
         parser.error("give images or folders, or --voc DIR --set NAME")
     files = ([Path(args.voc, "JPEGImages", f"{i}.jpg") for i in data.voc_ids(args.voc, args.set)] if args.voc else
              [f for p in args.images for f in (data.image_files(p) if Path(p).is_dir() else [Path(p)])])
-    stem, times = collections.Counter(f.stem for f in files).most_common(1)[0]
+    out, bad = Path(args.out), {}                                                   # bad: file -> what is wrong with it
+    written = [(out / f"{f.stem}{end}.png").resolve() for f in files for end in ("", "_overlay")]
+    path, times = collections.Counter([*written, *(f.resolve() for f in files)]).most_common(1)[0]
     if times > 1:
-        raise InputError(f"{stem}: {times} images of this name would write the same label file; run them apart")
+        raise InputError(f"{path}: two images would write it, or it is one itself; run them apart, or give another --out")
     net, ckpt = load_net(args.checkpoint, args.weights, args.device, args.dense)
-    out, bad, begun = Path(args.out), {}, time.perf_counter()                       # bad: file -> what is wrong with it
+    begun = time.perf_counter()
 
     def network(file):
         try:
@@ -616,9 +616,10 @@ def main():
             share = np.bincount(labels.ravel(), minlength=len(q)) / labels.size
             print(f"{file}: " + ", ".join(f"{net.classes[k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k]))
     list(data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)))
-    if args.panel:
-        save_panel(args.panel, net, [(f.stem, data.shrink(data.load_image(f)), None) for f in files[:20] if f not in bad])
-    print(f"wrote {len(files) - len(bad)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
+    good = [f for f in files if f not in bad]
+    if args.panel and good:
+        save_panel(args.panel, net, [(f.stem, data.shrink(data.load_image(f)), None) for f in good[:20]])
+    print(f"wrote {len(good)} label maps to {out}/, {len(files) / (time.perf_counter() - begun):.2f} images/s, "
           f"most memory {memory(args.device):.2f} GB")
     if bad:
         raise InputError(f"{len(bad)} of {len(files)} images could not be read: {'; '.join(bad.values())}")

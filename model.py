@@ -23,12 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+try:
+    import resource
+except ImportError:                          # Windows
+    resource = None
+
 
 # ---------------------------------------------------------------- rows: one list describes a net
 
 class Row(NamedTuple):
     kind: str                                # "conv" (a ReLU follows, except after the head's last) or "pool" (max)
-    out: int                                 # output channels; unused by a pool
+    out: int                                 # output channels; 0 in a pool
     kernel: int
     stride: int = 1
     pad: int = 0                             # zeros, on all four sides
@@ -40,7 +45,7 @@ class Trunk(NamedTuple):
     mean: tuple                              # its own input normalisation, of RGB in 0..255
     std: tuple
     head: tuple                              # default hidden widths of the head
-    size: int                                # side of a training crop, pixels
+    size: int                                # side of a training image, pixels
     feature_scale: float = 1.0               # multiplies the features, so that a fresh head sees values around 1
     weights_url: str | None = None           # where its public weights are; "": a file that the user has; None: there are none
 
@@ -85,7 +90,7 @@ def geometry(rows):
 
 
 def in_size(cells, rows):
-    """Smallest input side, in pixels, that gives this many cells: from the first window's start to the last one's end."""
+    """Smallest input side, in pixels, that gives this many cells, with the rows' own padding around it."""
     stride, _, centre = geometry(rows)
     return int(stride * (cells - 1) + 2 * centre + 1)
 
@@ -118,11 +123,9 @@ def dense_rows(rows, factor):
 
 
 def peak_bytes(rows, height, width):
-    """Estimate of the largest two neighbouring float32 activations of one image, in bytes."""
-    sizes, channels = [3 * height * width], 3
-    for row in rows:
-        height, width, channels = out_size(height, [row]), out_size(width, [row]), row.out or channels
-        sizes.append(channels * height * width)
+    """Estimate of the largest two neighbouring float32 activations of one image, in bytes, as if it were square."""
+    n = round(math.sqrt(height * width))
+    sizes = [3 * n * n, *(line["channels"] * line["cells"] ** 2 for line in table(rows, n))]
     return 4 * max(a + b for a, b in zip(sizes, sizes[1:]))
 
 
@@ -193,7 +196,7 @@ class Net(nn.Module):
         convs, channels = nn.ModuleList(), 3
         for row in self.rows:
             if row.kind == "conv":
-                convs.append(nn.utils.skip_init(nn.Conv2d, channels, row.out, row.kernel))
+                convs.append(nn.utils.skip_init(nn.Conv2d, channels, row.out, row.kernel))      # drawn here, from generator
                 nn.init.kaiming_normal_(convs[-1].weight, nonlinearity="relu", generator=generator)
                 nn.init.zeros_(convs[-1].bias)
                 channels = row.out
@@ -201,7 +204,8 @@ class Net(nn.Module):
         self.trunk, self.head = convs[:-len(widths)], convs[-len(widths):]
         self.frozen_convs = len(self.trunk) - train_convs if train_convs >= 0 else 0
         places = [i for i, row in enumerate(self.spec.rows) if row.kind == "conv"] + [len(self.spec.rows)]
-        self.cut = places[self.frozen_convs]                       # rows before it are frozen
+        cut = places[self.frozen_convs]
+        self.frozen_rows, self.tuned_rows = self.spec.rows[:cut], self.spec.rows[cut:]
         self.trunk[:self.frozen_convs].requires_grad_(False)
         self.register_buffer("mean", torch.tensor(self.spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.spec.std).view(1, 3, 1, 1), persistent=False)
@@ -226,11 +230,11 @@ class Net(nn.Module):
     @torch.no_grad()
     def frozen(self, images):
         """What no gradient reaches and a cache may hold: images (B, 3, H, W) in 0..255 -> features (B, D, h, w)."""
-        return self.run(self.normalise(images), self.spec.rows[:self.cut], self.trunk)
+        return self.run(self.normalise(images), self.frozen_rows, self.trunk)
 
     def scores(self, features):
         """features from `frozen` -> score map s (B, K, h, w), Eq. 1."""
-        x = self.run(features, self.spec.rows[self.cut:], self.trunk[self.frozen_convs:]) * self.spec.feature_scale
+        x = self.run(features, self.tuned_rows, self.trunk[self.frozen_convs:]) * self.spec.feature_scale
         return self.run(x, self.head_rows, self.head, self.dropout if self.training else 0.0)
 
     def forward(self, images):
@@ -249,7 +253,7 @@ class Net(nn.Module):
         """
         rows, n = dense_rows(self.rows, factor), len(self.spec.rows)
         (top, bottom, h, offset), (left, right, w, _) = (centring(side, rows) for side in images.shape[2:])
-        x = F.pad(self.normalise(images), (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)
+        x = F.pad(self.normalise(images), (left, right, top, bottom))
         x = self.run(x, rows[:n], self.trunk) * self.spec.feature_scale
         return self.run(x, rows[n:], self.head)[:, :, :h, :w].float(), geometry(rows)[0], offset
 
@@ -313,13 +317,11 @@ def load_trunk(net, name, path=None):
 
 def pick_device(name="auto"):
     """The one place that chooses: "auto" takes CUDA, then MPS (Apple), then the CPU; or a torch device by name."""
-    known = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
-    if name == "auto":
-        name = next(kind for kind, count in known.items() if count)
-    kind, _, index = name.partition(":")
-    if int(index or 0) >= known.get(kind, 0):                     # argparse turns the ValueError of int() into its own line
-        raise argparse.ArgumentTypeError(f"there is no device '{name}' here; give auto, or one of {known} (name: how many)")
-    return torch.device(name)
+    counts = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
+    known = [word for kind, n in counts.items() if n for word in (kind, *(f"{kind}:{i}" for i in range(n)))]
+    if name not in ("auto", *known):
+        raise argparse.ArgumentTypeError(f"there is no device '{name}' here; expected auto or one of {', '.join(known)}")
+    return torch.device(known[0] if name == "auto" else name)
 
 
 def has_bfloat16(device):
@@ -333,7 +335,8 @@ def memory(device):
     """Most memory this process has held so far, GB: on the GPU if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource                                                   # not on Windows
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
 
 Writes out/<preset>/: ckpt.pt, head.pt (the same at half the precision, without paths and optimiser: to give away), log.csv,
-settings.json, curves.png, panel.png, and scores.json for the toy. Every setting is a flag (--aggregation max --steps 200);
-`--help` lists them with the presets' and the paper's values in brackets.
+settings.json, curves.png, panel.png, scores.json for the toy; for photographs cache/ (features) and self1/, ... (their own
+labels). Every setting is a flag (--aggregation max --steps 200); `--help` lists them with the presets' and the paper's values.
 """
 import argparse
 import contextlib
@@ -71,8 +71,9 @@ class Settings:
     images: str = opt("data", "", "folder of photographs", free=True)
     tags: str = opt("data", "", "CSV of file,tag;tag;...", free=True)
     background: str = opt("data", "", "ImageNet folder whose non-VOC photographs become background", free=True)
-    masks: str = opt("data", "", "folder of label PNGs to learn per pixel: true ones, or the net's own (toy: drawn)", free=True)
-    cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (no: none)", free=True)
+    masks: str = opt("data", "", "folder of label PNGs to learn per pixel: true ones, or infer.py's (toy: drawn)", free=True)
+    cache: str = opt("data", "", "folder for the frozen trunk's features, computed once (voc, folder: OUT/cache; no: none)",
+                     free=True)
     views: int = opt("data", 1, "cached views of an image: the first as it is, the others jittered", 1)
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)", 0)
     size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)", 0)
@@ -86,13 +87,14 @@ class Settings:
     head: str = opt("model", "", "hidden widths of the head: 1024,768,512 (empty: the trunk's own)", check=infer.numbers)
     kernel: str = opt("model", "3", "kernel sides, the last for the rest (paper: 3)", check=lambda x: infer.numbers(x or "0"))
     dense: int = opt("model", 1, "at test time the score grid is so many times finer than the stride", 1, free=True)
-    sides: str = opt("model", "", "at test time images become side x side (empty: do not)", check=infer.numbers, free=True)
+    sides: str = opt("model", "", "at test time images get areas of side x side (empty: none; voc, folder: SIZE,1.5 SIZE)",
+                     check=infer.numbers, free=True)
     aggregation: str = opt("model", "lse", "score map -> image scores, Eq. 4 to 6", choices=list(AGGREGATIONS))
     r: float = opt("model", 5.0, "sharpness of lse (paper: 5)", 1e-6)
     loss: str = opt("model", "softmax", "paper: softmax, Eq. 2", choices=["softmax", "sigmoid"])
     dropout: float = opt("model", 0.5, "in the head (paper: 0.5)", 0, 1)
 
-    optimizer: str = opt("optimiser", "sgd", "paper: sgd", choices=["sgd", "adam"])
+    optimizer: str = opt("optimiser", "sgd", "adam is AdamW (paper: sgd)", choices=["sgd", "adam"])
     lr: float = opt("optimiser", 1e-3, "learning rate (paper: 0.001)", 0)
     schedule: str = opt("optimiser", "steps", "paper: steps, x0.8 every 5 million samples", choices=["steps", "cosine"])
     momentum: float = opt("optimiser", 0.9, "SGD's, and Adam's first (paper: 0.9)", 0, 1)
@@ -100,7 +102,7 @@ class Settings:
     batch: int = opt("optimiser", 16, "images a step, over all processes (paper: 16)", 1)
     steps: int = opt("optimiser", 1000, "optimiser steps on tags (paper: about a week of them)", 1, free=True)
     self_steps: int = opt("optimiser", 0, "then steps on labels that the net gives the training images", 0, free=True)
-    self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", 0, free=True)
+    self_rounds: int = opt("optimiser", 1, "how often those labels are made and learned", 1, free=True)
     balance: float = opt("optimiser", 1.0, "with labels: shift scores by this times the log of the class frequencies", 0)
     jitter: bool = opt("optimiser", True, "flip, rotate, scale, brighten each image (cached features: flip)")
 
@@ -117,14 +119,13 @@ class Settings:
 
 
 PATHS = ("voc", "imagenet", "synsets", "images", "tags", "background", "cache", "weights", "out")
+PHOTOGRAPHS = dict(head="256", kernel="3,1", dense=2, optimizer="adam", schedule="cosine", weight_decay=1e-4, amp=True)
 PRESETS = {
     "toy": dict(trunk="tiny", train_convs=-1, optimizer="adam", lr=2e-3, schedule="cosine", batch=8, steps=2200, dropout=0.0,
                 weight_decay=1e-4, jitter=False, log_every=100, threshold_images=60),
-    "voc": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=32, steps=800,
-                self_steps=600, self_rounds=3, weight_decay=1e-4, amp=True, size=288),
+    "voc": dict(PHOTOGRAPHS, size=288, batch=32, steps=800, self_steps=600, self_rounds=3),
     "paper": dict(trunk="overfeat", steps=1_000_000, workers=8, save_every=1000),
-    "folder": dict(head="256", kernel="3,1", dense=2, optimizer="adam", lr=1e-3, schedule="cosine", batch=16, steps=500,
-                   self_steps=300, self_rounds=2, weight_decay=1e-4, amp=True),
+    "folder": dict(PHOTOGRAPHS, steps=500, self_steps=300, self_rounds=2),
 }
 
 
@@ -154,7 +155,8 @@ def parse(argv):
             (s.train_convs > sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows), "train-convs", f"{s.trunk} has fewer"),
             (s.self_steps and (preset == "toy" or not s.cache), "self-steps",
              "needs image files (not toy), a --cache, and a trunk that is frozen in part; else give --self-steps 0"),
-            (s.masks and preset == "paper", "masks", "not for paper, whose images are cut"),
+            (s.masks and preset == "paper", "masks", "not for paper, whose images are cropped"),
+            (s.background and preset in ("toy", "folder"), "background", f"not for {preset}, whose classes are not VOC's"),
             (s.batch % WORLD, "batch", f"{s.batch} images cannot be shared by {WORLD} processes")]:
         if wrong:
             parser.error(f"argument --{flag}: {why}")
@@ -169,10 +171,11 @@ def load_photos(preset, s):
               "folder": lambda: data.folder_photos(s.images, s.tags)}[preset]()
     if s.background:
         extra = data.imagenet_photos(s.background, s.synsets)
-        photos = data.join(photos, extra.take(torch.where(extra.tags[:, 0] > 0)[0].tolist()))
+        extra = extra.take(torch.where(extra.tags[:, 0] > 0)[0].tolist())
+        photos = dataclasses.replace(photos, paths=photos.paths + extra.paths, tags=torch.cat([photos.tags, extra.tags]))
     if s.limit:
         photos = photos.take(data.spread(len(photos), s.limit))
-    photos.size, photos.cut = s.size, preset == "paper"
+    photos.size, photos.crop = s.size, preset == "paper"
     if s.masks:
         photos = data.Masked.of(photos, s.masks)
         if not photos.frequencies.any():                          # reads them all, before anything is written
@@ -184,7 +187,7 @@ def load_photos(preset, s):
 
 @functools.lru_cache(2)
 def shuffled(n, seed, epoch):
-    """One pass over n images: their order and, for each, the place of the cut in 0..1."""
+    """One pass over n images: their order and, for each, the place of the crop in 0..1."""
     rng = np.random.default_rng([seed, 2, epoch])
     return rng.permutation(n), rng.random(n)
 
@@ -269,25 +272,30 @@ def cached_features(net, photos, s, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
                 maps = torch.cat([net.frozen(part) for part in seen.split(4)])                   # (B, D, h, w)
             features[block, view] = maps.half().cpu().numpy()
+        features[[i for i, j in zip(block, got) if i != j]] = np.nan      # not this photo's: `Cached` goes on to the next one
         features.flush()
         eval_voc.write_json(state, dict(key=key, done=block.stop))
     return np.load(file, mmap_mode="r")
 
 
+@dataclasses.dataclass
 class Cached:
     """The photos' features in the place of their pixels; a key's place chooses the view, and whether it is mirrored.
 
     A mirrored map is nearly that of the mirrored image. Labels belong to the first view.
     """
-
-    def __init__(self, photos, features, rows, jitter):
-        self.photos, self.features, self.rows, self.jitter = photos, features, rows, jitter
+    photos: data.Photos
+    features: np.ndarray                       # (N, views, D, h, w) float16; NaN for photos that cannot be read
+    indices: list                              # of the photos' features among these
+    jitter: bool
 
     def __getitem__(self, key):
         i, place = key
+        while np.isnan(self.features[self.indices[i], 0, 0, 0, 0]):
+            i = (i + 1) % len(self.indices)
         masked = isinstance(self.photos, data.Masked)
         view, mirror = divmod(int(place * 2 * (1 if masked else self.features.shape[1])), 2)
-        maps = [torch.from_numpy(self.features[self.rows[i], view].copy())] + ([self.photos.labels(i)] if masked else [])
+        maps = [torch.from_numpy(self.features[self.indices[i], view].copy())] + ([self.photos.labels(i)] if masked else [])
         features, *labels = [x.flip(-1) for x in maps] if mirror and self.jitter else maps       # (D, h, w), (size, size)
         return features, i, *labels
 
@@ -296,10 +304,8 @@ class Cached:
 
 def commit():
     """The code's git commit, or "unknown"."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):         # no git, no repository
-        command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    return "unknown"
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
 
 
 def save_checkpoint(path, net, s, classes, step, optimizer, pending):
@@ -314,12 +320,14 @@ def save_checkpoint(path, net, s, classes, step, optimizer, pending):
 def read_resumed(path, s, net):
     """The checkpoint to go on from; fills the net. Raises InputError listing the settings that differ."""
     ckpt = infer.read_checkpoint(path)
-    was = ckpt["settings"]
-    differ = [f"{f.name} was {was.get(f.name)} and is {getattr(s, f.name)}" for f in dataclasses.fields(Settings)
-              if not f.metadata["free"] and was.get(f.name) != getattr(s, f.name)]
-    if differ:
-        raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
+    was, now = dict(ckpt["settings"], classes=ckpt["classes"]), dict(dataclasses.asdict(s), classes=net.classes)
+    free = {f.name for f in dataclasses.fields(Settings) if f.metadata["free"]}
     with data.reading(path, "a checkpoint to --resume; train again"):
+        if ckpt["step"] > was["steps"]:                           # it learns from its own labels already
+            free -= {"steps", "self_steps"}
+        differ = [f"{k} was {was.get(k)} and is {now[k]}" for k in now if k not in free and was.get(k) != now[k]]
+        if differ:
+            raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
         missing, _ = net.load_state_dict(ckpt["model"], strict=False)
         if not all(name.startswith("trunk.") for name in missing):
             raise ValueError(f"{missing[-1]} is missing")
@@ -403,15 +411,16 @@ def train(net, items, s, device, begin, end, saved, watch=None):
             loss = loss + pixel_loss(scores.float() + shift, labels[0], net.rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        loss, told = loss.detach(), torch.full_like(loss, len(stop))
+        loss, stops = loss.detach(), torch.full_like(loss, len(stop))
         if WORLD > 1:
-            average([*(p.grad for p in trained), loss, told])
+            for x in (*(p.grad for p in trained), loss, stops):
+                dist.all_reduce(x.div_(WORLD))                    # the mean over all processes
         optimizer.step()
 
         done, pending = step + 1, torch.cat([pending, loss[None]])
         logs, saves = (done % every == 0 or done == end for every in (s.log_every, s.save_every))
-        halt = bool(stop) if WORLD == 1 else logs and bool(told)  # all processes stop at the same step, and look when they log
-        if (logs or saves or halt) and not pending.isfinite().all():      # the only synchronisation with the device
+        halt = bool(stop) if WORLD == 1 else logs and bool(stops)  # all processes stop at the same step, and look when they log
+        if (logs or saves or halt) and not pending.isfinite().all():      # no other step waits for the device
             raise InputError(blame(photos, s, done, pending, out))
         if RANK == 0 and logs:
             mean, speed = np.mean(pending.tolist()), (done - first) * s.batch / (time.perf_counter() - start)
@@ -420,7 +429,7 @@ def train(net, items, s, device, begin, end, saved, watch=None):
                 file.write(f"{done},{done * s.batch},{mean:.6f},{lr:.3e},{speed:.1f},{watched}\n")
             print(f"{done:8} {mean:8.4f} {lr:9.2e} {speed:9.1f} {(end - done) * s.batch / speed:6.0f}s", flush=True)
             net.train()
-        if done % s.log_every == 0:
+        if done % s.log_every == 0:                               # not at another end: a longer run logs these losses as well
             pending = pending[:0]
         if RANK == 0 and (saves or halt):
             save_checkpoint(out / "ckpt.pt", net, s, photos.classes, done, optimizer, pending.tolist())
@@ -431,14 +440,6 @@ def train(net, items, s, device, begin, end, saved, watch=None):
         signal.signal(number, handler)
     if RANK == 0:
         print(f"{waited / (time.perf_counter() - start):.0%} of the time waiting for the loader")
-
-
-def average(tensors):
-    """Put the means over all processes into these tensors, in one message."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    for x, mean in zip(tensors, (flat / WORLD).split([x.numel() for x in tensors])):
-        x.copy_(mean.view_as(x))
 
 
 def blame(photos, s, done, losses, out):
@@ -456,11 +457,13 @@ def label_training_images(net, photos, features, device, folder, names):
     for i in data.progress(torch.where(photos.tags[:, 0] == 0)[0].tolist(), "training images labelled"):
         image, got = photos[i, 0.5][:2]                           # (3, H, W)
         if got == i:                                              # it can be read
-            x = torch.from_numpy(features[i, 0].astype(np.float32)).to(device)        # (D, h, w)
-            scores = net.scores(x[None])[0].float()
-            margin = (x.shape[1] - scores.shape[1]) // 2          # in cells: the head's convolutions are unpadded
-            cut = margin * image.shape[1] // x.shape[1]           # in pixels
-            labels = infer.seeds(scores, F.pad(x, [-margin] * 4), torch.where(photos.tags[i])[0], F.pad(image, [-cut] * 4))
+            x = torch.from_numpy(features[i, 0].astype(np.float32)).to(device)
+            x = net.run(x[None], net.tuned_rows, net.trunk[net.frozen_convs:])        # (1, D, h, w), of the whole trunk
+            scores = net.run(x * net.spec.feature_scale, net.head_rows, net.head)[0].float()
+            margin = (x.shape[2] - scores.shape[1]) // 2          # in cells: the head's convolutions are unpadded
+            border = margin * image.shape[1] // x.shape[2]        # in pixels
+            labels = infer.seeds(scores, F.pad(x[0], [-margin] * 4), torch.where(photos.tags[i])[0],
+                                 F.pad(image, [-border] * 4))
             labels = np.pad(labels, 4 * margin, constant_values=data.VOID)
             data.save_labels(folder / f"{names[i]}.png", labels)
 
@@ -478,7 +481,7 @@ def bench(net, photos, s, device, batches=4):
     plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
     plain.normalise = lambda images: (images - plain.mean) / plain.std
     ways = [("plain loop, float32", plain, False, held), ("this loop", net, s.amp, held)]
-    if net.cut:                                                   # something is frozen
+    if net.frozen_rows:
         with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
             kept = [(net.frozen(x).half(), tags) for x, tags in held]
         ways += [("plain head from a cache, float32", plain, False, [(x.contiguous(), tags) for x, tags in kept]),
@@ -519,8 +522,8 @@ def finish(net, photos, s, scenes):
         eval_voc.print_ladder(report)
         eval_voc.write_json(out / "scores.json", report)
     draw_curves(out)
-    samples = scenes or [(i, image, None) for i, image in readable(few[::max(1, len(few) // 8)])]
-    infer.save_panel(out / "panel.png", net, samples[:6])
+    samples = scenes[:6] if scenes else [(i, image, None) for i, image in readable(data.spread(len(photos), 6))]
+    infer.save_panel(out / "panel.png", net, samples)
 
 
 def join_processes(device):
@@ -555,7 +558,7 @@ def main():
     photos = load_photos(preset, s)
     net = infer.checked(infer.build_net, dataclasses.asdict(s), photos.classes, torch.Generator().manual_seed(s.seed))
     if s.size < in_size(1, net.rows):
-        raise InputError(f"--size {s.size}: the net looks at {in_size(1, net.rows)} pixels; give a larger --size")
+        raise InputError(f"--size {s.size}: a cell of the score map takes {in_size(1, net.rows)} pixels; give a larger --size")
     if net.spec.weights_url is not None:
         infer.checked(load_trunk, net, s.trunk, s.weights)
     net.to(device).to(memory_format=torch.channels_last)
@@ -582,7 +585,7 @@ def main():
             if RANK == 0 and saved["step"] <= begin:
                 label_training_images(net.eval(), photos, features, device, own, names)
             labelled = data.Masked.of(photos, own, names)
-        train(net, Cached(labelled, features, labelled.rows, s.jitter), s, device, begin, begin + s.self_steps, saved)
+        train(net, Cached(labelled, features, labelled.indices, s.jitter), s, device, begin, begin + s.self_steps, saved)
     if RANK == 0:
         finish(net.eval(), photos, s, scenes)
         print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
