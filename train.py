@@ -327,7 +327,7 @@ def read_resumed(path, s, net):
             free -= {"steps", "self_steps"}
         differ = [f"{k} was {was.get(k)} and is {now[k]}" for k in now if k not in free and was.get(k) != now[k]]
         if differ:
-            raise InputError(f"{path}: --resume with other settings: {'; '.join(differ)}")
+            raise InputError(f"{path}: --resume with other settings: {', '.join(differ)}; give those, or another --out")
         missing, _ = net.load_state_dict(ckpt["model"], strict=False)
         if not all(name.startswith("trunk.") for name in missing):
             raise ValueError(f"{missing[-1]} is missing")
