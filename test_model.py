@@ -661,18 +661,18 @@ def malformed():
                 *(other[:n] for other in others for n in (12, len(other) // 2))]
     masks = [*junk, mask[:len(mask) // 2], png, mask.replace(b"PLTE", b"pLTE"), mask.replace(b"PLTE\0\0\0", b"PLTE\0\0\1"),
              encoded(Image.fromarray(noise).quantize()), encoded(noise[..., 0].astype(np.uint16))]
-    beyond, turned, grey, void = (encoded(np.full(s, k, "u1")) for *s, k in ((24, 30, 77), (30, 24, 0), (24, 30, 0), (24, 30, 255)))
+    above, turned, grey, void = (encoded(np.full(s, k, "B")) for *s, k in ((24, 30, 77), (30, 24, 0), (24, 30, 0), (24, 30, 255)))
     ids = ["", "..", "../..", "a\na", "a\0b", "a:b", "x\\y", "no", "/etc/..", b"\xff", "../../x", "/etc/x", "y" * 999]
     entities = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(9))
     yield LABEL.replace("photo", "x"), "x.png", pictures
     yield from ((command, PHOTO, junk) for command in (LADDER, SUBMIT))
     yield from ((f"{TRAIN} --cache {cache}", PHOTO, pictures[:14]) for cache in ("no", "c"))
-    yield f"{TRAIN} --masks masks", "masks/b.png", [*masks, beyond]
+    yield f"{TRAIN} --masks masks", "masks/b.png", [*masks, above]
     yield f"train folder {GO} --out out --images . --tags t.csv --masks masks", "t.csv", ["x.jpg,cat\nn1/x.png,cat"]    # one name
-    yield SCORE, "masks/b.png", [*masks, beyond, turned]
-    yield SUBMIT, "masks/b.png", [*masks, beyond, turned, grey]
+    yield SCORE, "masks/b.png", [*masks, above, turned]
+    yield SUBMIT, "masks/b.png", [*masks, above, turned, grey]
     for command, last in (SCORE, void), (LADDER, void), ("eval_voc proposals --voc VOC --set b", b""):
-        yield command, "VOC/SegmentationClass/b.png", [*masks, beyond, turned, last]
+        yield command, "VOC/SegmentationClass/b.png", [*masks, above, turned, last]
     yield f"{SCORE} --classes n.txt", "n.txt", ["a", "a\na", "a\n" * 300, b"\xff", ""]
     yield f"{SUBMIT} --set bad", "VOC/ImageSets/Segmentation/bad.txt", ids
     yield f"{TRAIN} --set bad", "VOC/ImageSets/Main/bad.txt", ids
