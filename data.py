@@ -246,11 +246,11 @@ def tagged(paths, tags, classes, **more):
 def read_rows(path, expected, columns=0):
     """Non-blank rows of a text file as lists of cells, between white space, or between commas where columns says how many."""
     with reading(path, expected), open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in (csv.reader(file) if columns else map(str.split, file)) if row]
-        for row in rows:
-            if columns and len(row) != columns:
-                raise ValueError(f"'{','.join(row)[:60]}'")
-        return rows
+        rows = [[cell.strip() for cell in row] for row in (csv.reader(file) if columns else map(str.split, file))]
+        for line, row in enumerate(rows, 1):
+            if columns and any(row) and len(row) != columns:
+                raise ValueError(f"line {line}, '{','.join(row)[:60]}', has not {columns} cells with commas between")
+        return [row for row in rows if any(row)]
 
 
 def voc_ids(voc, name, kinds=("Segmentation", "Main")):

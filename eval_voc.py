@@ -213,7 +213,7 @@ def print_ladder(report):
         line(name, [r["iou"][name] for r in rows.values()])
     line("mean IoU", [r["mean_iou_defined"] for r in rows.values()])
     if any(r["mean_iou"] is None for r in rows.values()):
-        print(f"(over the {min(r['classes_defined'] for r in rows.values())} or more of {len(classes)} classes that occur)")
+        print("(of a column, over the classes that it or the masks hold; do not compare columns)")
     if classes == data.VOC_CLASSES:
         line("paper, val", [np.mean(PAPER[row]) if row in PAPER else None for row in rows])
     if report.get("mean_average_precision") is not None:
@@ -223,7 +223,7 @@ def print_ladder(report):
 def plot(series, rows=None):
     """A chart as a PIL image: {name: [(x, y), ...]}, all >= 0, as lines, or as dots on named rows (y is a row's index)."""
     colours = ["#4c78a8", "#9e9e9e", "#54a24b", "#eeca3b", "#b279a2", "#e45756", "#000000"]
-    left, top, width, height = 300, 70, 1180, 44 * len(rows) if rows else 460  # drawn at twice the size: smooth edges
+    left, top, width, height = 300 if rows else 130, 70, 1180, 44 * len(rows or [0] * 10)           # at twice the size: smooth
     sheet, face = Image.new("RGB", (left + width + 120, top + height + 60), "white"), ImageFont.load_default(30)
     draw, (x_high, y_high) = ImageDraw.Draw(sheet), np.max([point for line in series.values() for point in line], 0) + 1e-9
 
@@ -231,7 +231,7 @@ def plot(series, rows=None):
         return left + width * x / x_high, top + (44 * (y + 0.5) if rows else height * (1 - y / y_high))
 
     def ticks(high):
-        step = next(10.0 ** e * m for e in range(-9, 9) for m in (1, 2, 5) if 10.0 ** e * m * 6 >= high)
+        step = next(10.0 ** e * m for e in range(-9, 40) for m in (1, 2, 5) if 10.0 ** e * m * 6 >= high)
         return np.arange(0, high, step)
     for x in ticks(x_high):
         draw.line([(at(x, 0)[0], top), (at(x, 0)[0], top + height)], "#e0e0e0", 2)
@@ -244,7 +244,7 @@ def plot(series, rows=None):
         points = [at(*point) for point in line]
         if not rows:
             draw.line(points, colour, 5, "curve")
-        for px, py in [*(points if rows else []), (x, 34)]:                    # the last one: legend
+        for px, py in [*(points if rows or len(points) == 1 else []), (x, 34)]:                    # the last one: legend
             draw.ellipse((px - 10, py - 10, px + 10, py + 10), colour, "white", 2)
         draw.text((x + 20, 34), name, "black", face, anchor="lm")
         x += 70 + draw.textlength(name, face)
@@ -340,6 +340,8 @@ def run_ladder(args):
     for path in args.checkpoint:
         net, ckpt = infer.load_net(path, args.weights, args.device, args.dense, args.sides)
         known = tags if net.classes == data.VOC_CLASSES and all(i in tags for i, _, _ in samples) else None
+        if net.classes != data.VOC_CLASSES:
+            print("indices of the masks are read as:", ", ".join(net.classes))
         delta, oracle = ckpt["thresholds"], args.oracle_thresholds
         if oracle:
             scenes = ((infer.Scene(image, None, args.bing, args.mcg, i), mask)

@@ -81,7 +81,7 @@ def build_net(s, classes, generator=None):
 def load_net(path, weights=None, device="cpu", dense=None, sides=None):
     """(net in eval mode, checkpoint). weights: the trunk's file, where it has none; dense, sides: in the place of its own."""
     ckpt = read_checkpoint(path)
-    with data.reading(path, "settings and tensors that fit each other; train again"):
+    with data.reading(path, "settings that this code knows and tensors that fit them; train again"):
         net = build_net(ckpt["settings"], ckpt["classes"])
         if not 0 < net.r < math.inf or not all(x.is_floating_point() and x.isfinite().all() for x in ckpt["model"].values()):
             raise ValueError("NaN, Inf or no real numbers")
@@ -349,8 +349,8 @@ def bing(image, model_dir, n=1000, per_size=130):
 
 def read_mcg(path):
     """MCG's released proposals, a .mat -> labels (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) scaled to 0..1."""
-    with data.reading(path, "MCG's superpixels, labels and scores"):
-        mat = scipy.io.loadmat(path, appendmat=False)
+    with data.reading(path, "MCG's superpixels, labels and scores"), open(path, "rb") as file:
+        mat = scipy.io.loadmat(file)
         labels, scores = mat["superpixels"], np.asarray(mat["scores"], float).ravel()             # labels from 1
         if labels.ndim != 2 or not 1 <= labels.min() <= labels.max() <= labels.size or (labels % 1).any():
             raise ValueError("its superpixels do not count from 1")
@@ -531,7 +531,7 @@ def panel(rows, classes, width=150):
     for n, k in enumerate(used):
         x, y = 4 + n % per_line * 180, bottom + 4 + n // per_line * 26
         draw.rectangle((x, y, x + 20, y + 20), tuple(data.voc_palette()[k].tolist()), "black")
-        draw.text((x + 26, y - 1), classes[k] if k < len(classes) else "void", "black", face)
+        draw.text((x + 26, y - 1), classes[k][:16] if k < len(classes) else "void", "black", face)
     return sheet
 
 
@@ -543,10 +543,12 @@ def save_panel(path, net, samples, maps=3):
         labels = {"base": p.argmax(0), "+ILP": ilp(p, q).argmax(0), "+ILP +refine": PRIORS["refine"](ilp(p, q), Scene(image))}
         labels |= {"truth": truth} if truth is not None else {}
         top = [k for k in np.argsort(-q) if k][:maps]
-        cells = [("image", image), *((f"{net.classes[k]} {q[k]:.2f}", heat(p[k])) for k in top),
+        cells = [("image", image), *((f"{net.classes[k][:11]} {q[k]:.2f}", heat(p[k])) for k in top),
                  *((name, data.voc_palette()[label]) for name, label in labels.items())]
-        rows.append((cells, set(np.unique([*labels.values()]).tolist())))
-    data.write_atomically(path, lambda file: panel(rows, net.classes).save(file, "png"))
+        counts = np.bincount(np.ravel([*labels.values()]))
+        rows.append((cells, set(np.flatnonzero(counts > 0.005 * labels["base"].size).tolist())))           # no specks
+    sheet = panel(rows, net.classes, 150 if len(rows) > 3 else 250)
+    data.write_atomically(path, lambda file: sheet.save(file, "png"))
 
 
 # ---------------------------------------------------------------- command line
@@ -559,7 +561,7 @@ def add_options(parser):
     add("--bing", metavar="DIR", help="BING's model, for bb [boxes around our own segments]")
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own hierarchy]")
     add("--dense", type=int, metavar="F", help="score grid F times finer than the stride [the checkpoint's]")
-    add("--panel", metavar="FILE", help="also draw the first 20 images: score maps, labels of base, ILP, refine")
+    add("--panel", metavar="FILE", help="also draw the first 20 images: class maps, labels of base, ILP, refine")
     add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
 
 
@@ -583,10 +585,13 @@ def main():
     files = ([Path(args.voc, "JPEGImages", f"{i}.jpg") for i in data.voc_ids(args.voc, args.set)] if args.voc else
              [f for p in args.images for f in (data.image_files(p) if Path(p).is_dir() else [Path(p)])])
     out, bad = Path(args.out), {}                                                   # bad: file -> what is wrong with it
-    written = [(out / f"{f.stem}{end}.png").resolve() for f in files for end in ("", "_overlay")]
-    path, times = collections.Counter([*written, *(f.resolve() for f in files)]).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{path}: two images would write it, or it is one itself; run them apart, or give another --out")
+    named = collections.defaultdict(list)                                           # path -> photographs, or what writes it
+    for f in files:
+        for path in (f, out / f"{f.stem}.png", out / f"{f.stem}_overlay.png"):
+            named[path.resolve()].append(f)
+    path, (first, *others) = max(named.items(), key=lambda item: len(item[1]))
+    if others:
+        raise InputError(f"{path}: would be written for {first} and {others[0]}; label folders apart, or give another --out")
     net, ckpt = load_net(args.checkpoint, args.weights, args.device, args.dense)
     begun = time.perf_counter()
 
@@ -614,7 +619,7 @@ def main():
                 f, scores=p.astype(np.float16), image_scores=q, classes=np.array(net.classes)))
         if len(files) == 1:
             share = np.bincount(labels.ravel(), minlength=len(q)) / labels.size
-            print(f"{file}: " + ", ".join(f"{net.classes[k]} {100 * share[k]:.0f}%" for k in np.argsort(-share) if share[k]))
+            print(f"{file}: " + ", ".join(f"{net.classes[k]} {share[k]:.0%}" for k in np.argsort(-share) if share[k] >= 0.005))
     list(data.progress(overlapped(network, priors, files, args.ahead), "labelled", len(files)))
     good = [f for f in files if f not in bad]
     if args.panel and good:

@@ -384,7 +384,7 @@ def bench(name, net, device, gflops, batch=4):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trunk", nargs="?", choices=list(TRUNKS), help="print its layer table; without it, list all")
-    parser.add_argument("--bench", action="store_true", help="also measure images per second on this machine")
+    parser.add_argument("--bench", action="store_true", help="also measure bfloat16, and dense against shifted passes")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists the options)\n")
     args, device = parser.parse_args(), pick_device()
     print_row("trunk", "stride", "field", "parameters", "+ head", "GFLOPs", "+ head", "images/s")

@@ -30,7 +30,7 @@ import train
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
 TOY = "toy --toy-images 24 --toy-scenes 1 --threshold-images 2 --batch 4 --log-every 2 --schedule steps --device cpu"
-GO = "--trunk tiny --size 32 --head 4 --batch 2 --steps 1 --self-steps 0 --threshold-images 1 --device cpu --voc VOC --set b"
+GO = "--trunk tiny --size 32 --head 4 --batch 2 --steps 1 --self-steps 0 --threshold-images 1 --device cpu"
 OPENED = []                                                                # every file that Python opens
 sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
 torch.set_num_threads(2)
@@ -628,13 +628,13 @@ def test_published_head_labels_real_photographs():
 
 LABEL, LADDER = "infer toy.pt photo.png --device cpu --out out", "eval_voc ladder toy.pt --voc VOC --set b --json out"
 SCORE, SUBMIT = "eval_voc score masks --voc VOC --set b --json out", "eval_voc submit masks --voc VOC --out out --set b"
-TRAIN, PHOTO = f"train voc {GO} --out out", "VOC/JPEGImages/b.jpg"
+TRAIN, PHOTO = f"train voc {GO} --voc VOC --set b --out out", "VOC/JPEGImages/b.jpg"
 WRONG_FLAGS = {                                    # command: what is added to it, one of these at a time
     f"train toy {GO} --out out --toy-images 2": "--batch 0|--lr nan|--lr -1|--r 0|--dropout 2|--momentum 1|--lo 1|--seed -1|"
-    "--weight-decay -1|--seed 99999999999999999999|--train-convs 9|--train-convs -2|--device no|--no 1|--background .|"
-    "--device cuda:99|--device cpu:-1|--device meta|--head 0|--head x|--head 1,,2|--head ²|--head 9999999999|--kernel ,|"
-    "--kernel=|--kernel 99|--size 4|--sides 0|--sides 3,x|--dense 0|--dense 3|--steps 0|--balance nan|--trunk no|--views 0|"
-    "--aggregation no|--workers -1|--masks x|--resume|--toy-images 0|--self-rounds 0|--self-steps 1|--limit -1",
+    "--weight-decay -1|--seed 99999999999999999999|--train-convs 9|--train-convs -2|--device no|--no 1|--background .|--voc VOC|"
+    "--stesp 5|--device cuda:99|--device cpu:-1|--device meta|--head 0|--head x|--head 1,,2|--head ²|--head 9999999999|"
+    "--kernel ,|--kernel=|--kernel 99|--size 4|--sides 0|--sides 3,x|--dense 0|--dense 3|--steps 0|--balance nan|--trunk no|"
+    "--views 0|--aggregation no|--workers -1|--masks x|--resume|--toy-images 0|--self-rounds 0|--self-steps 1|--limit -1",
     LABEL: "--dense 0|--dense 3|--dense -1|--device no|--prior no|--voc VOC|--set|photo.png|no.jpg|VOC/ImageSets|--out .",
     LADDER: "--sides x|--sides 9,-1|--limit -1|--limit x|--dense 3|--device no|--set no|--oracle-thresholds no|--set ../b|"
     "--set ..|--set=|--set /etc/passwd|--set a/b", "infer": " |no.pt photo.png|. photo.png|toy.pt",

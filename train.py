@@ -76,7 +76,7 @@ class Settings:
                      free=True)
     views: int = opt("data", 1, "cached views of an image: the first as it is, the others jittered", 1)
     limit: int = opt("data", 0, "use this many images at most, spread over the set (0: all)", 0)
-    size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's own; paper 400)", 0)
+    size: int = opt("data", 0, "side of a training image, pixels (0: the trunk's: vgg16 320, overfeat 400, tiny 96)", 0)
     threshold_images: int = opt("data", 100, "training images from whose tags delta is fitted", 1, free=True)
     toy_images: int = opt("data", 3000, "toy: training images drawn from the seed", 1)
     toy_scenes: int = opt("data", 30, "toy: scenes to label and score at the end", 1, free=True)
@@ -118,6 +118,7 @@ class Settings:
     bench: bool = opt("run", False, "train nothing; print images/s of loading, of the plain loop and of this one", free=True)
 
 
+READ = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}          # what a preset needs and others do not
 PATHS = ("voc", "imagenet", "synsets", "images", "tags", "background", "cache", "weights", "out")
 PHOTOGRAPHS = dict(head="256", kernel="3,1", dense=2, optimizer="adam", schedule="cosine", weight_decay=1e-4, amp=True)
 PRESETS = {
@@ -133,7 +134,7 @@ def parse(argv):
     """Command line -> (preset, Settings, {what was given}); refuses unknown flags and values by name."""
     parser = data.Parser(description=__doc__, usage="train.py [toy|voc|paper|folder] [--setting value ...]",
                          argument_default=argparse.SUPPRESS)                # only what is given comes back
-    parser.add_argument("preset", nargs="?", default="toy", choices=list(PRESETS), help="which defaults [toy]")
+    parser.add_argument("preset", nargs="?", default="toy", help=f"which defaults: {', '.join(PRESETS)} [toy]")
     groups = {name: parser.add_argument_group(name) for name in ("data", "model", "optimiser", "run")}
     for f in dataclasses.fields(Settings):
         values = [str(f.default) or "none"] + [f"{name} {v[f.name]}" for name, v in PRESETS.items() if f.name in v]
@@ -141,6 +142,8 @@ def parse(argv):
                                                  help=f"{f.metadata['help']} [{'; '.join(values)}]")
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
+    if preset not in PRESETS:                                       # not by choices: a misspelt flag's value may stand here
+        parser.error(f"argument preset: '{preset}', not one of {', '.join(PRESETS)}")
     s = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
 
     whole = preset in ("voc", "folder")                             # whole photographs, squashed to size x size
@@ -149,9 +152,10 @@ def parse(argv):
     s.cache = s.cache or (f"{s.out}/cache" if whole else "")
     s.cache = "" if s.cache == "no" or s.train_convs < 0 else s.cache         # -1: nothing is frozen
     s.self_steps = 0 if s.masks else s.self_steps                   # the labels are given
-    needed = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}.get(preset, [])
     for wrong, flag, why in [
-            *((not getattr(s, name), name, f"{preset} needs it") for name in needed),
+            *((not getattr(s, name), name, f"{preset} needs it") for name in READ.get(preset, ())),
+            *((name in given, name, f"{preset} does not read it; did you mean  train.py {other} ...  ?")
+              for other, names in READ.items() if other != preset for name in names),
             (s.train_convs > sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows), "train-convs", f"{s.trunk} has fewer"),
             (s.self_steps and (preset == "toy" or not s.cache), "self-steps",
              "needs image files (not toy), a --cache, and a trunk that is frozen in part; else give --self-steps 0"),
@@ -220,7 +224,7 @@ def note_broken(photos, wanted, got, known):
         print(f"skipped, cannot be read: {photos.paths[i]}", file=sys.stderr)
     if len(known) > 0.01 * len(photos):
         raise InputError(f"{len(known)} of {len(photos)} training images cannot be read, the first {photos.paths[min(known)]}; "
-                         "mend or remove them")
+                         "mend them, or take them out of the list")
 
 
 # ---------------------------------------------------------------- features of the frozen trunk, computed once
@@ -566,7 +570,9 @@ def main():
     if RANK == 0:
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print(f"{preset} on {device}{' in bfloat16' * s.amp}: {len(photos):,} images, {len(photos.classes)} classes, "
-              f"{trained:,} trained parameters" + "".join(f", {k}={v}" for k, v in given.items()))
+              f"{trained:,} trained parameters" + ", random frozen ones" * (net.spec.weights_url is None and net.frozen_convs > 0)
+              + "".join(f", {k}={v}" for k, v in given.items()))
+        print("tags:", ", ".join(f"{name} {int(n):,}" for name, n in zip(photos.classes, photos.tags.sum(0))))
     if s.bench:
         return bench(net.train(), photos, s, device)
     if RANK == 0:
