@@ -127,10 +127,7 @@ def print_score(report, matrix, classes):
 # ---------------------------------------------------------------- the ladder
 
 def average_precision(scores, present):
-    """Area under the monotone precision-recall curve, VOC's rule from 2010 on, in percent. scores (N,), present (N,) bool.
-
-    None where nothing is present.
-    """
+    """Area under the monotone precision-recall curve (VOC from 2010 on), percent; None without hits. (N,) floats, (N,) bool."""
     hits = present[np.argsort(-scores, kind="stable")]
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]               # the best at this recall or a larger one
@@ -225,7 +222,7 @@ def plot(series, rows=None):
     colours = ["#4c78a8", "#9e9e9e", "#54a24b", "#eeca3b", "#b279a2", "#e45756", "#000000"]
     left, top, width, height = 300 if rows else 130, 70, 1180, 44 * len(rows or [0] * 10)           # at twice the size: smooth
     sheet, face = Image.new("RGB", (left + width + 120, top + height + 60), "white"), ImageFont.load_default(30)
-    draw, (x_high, y_high) = ImageDraw.Draw(sheet), np.max([point for line in series.values() for point in line], 0) + 1e-9
+    draw, (x_high, y_high) = ImageDraw.Draw(sheet), np.max([point for line in series.values() for point in line], 0) * 1.02 + 1e-9
 
     def at(x, y):
         return left + width * x / x_high, top + (44 * (y + 0.5) if rows else height * (1 - y / y_high))
@@ -267,8 +264,7 @@ def print_runs(reports, settings):
     reports, settings: {checkpoint: report of `ladder`}, {checkpoint: settings of its run}.
     """
     every, groups = list(settings.values()), {}
-    same = ("seed", "out", "cache", "weights")
-    differ = [k for k in every[0] if k not in same and any(s.get(k) != every[0][k] for s in every)]
+    differ = [k for k in every[0] if k not in ("seed", "out", "cache", "weights") and any(s.get(k) != every[0][k] for s in every)]
     for path, report in reports.items():
         values = [*(r["mean_iou_defined"] for r in report["rows"].values()), report.get("mean_average_precision") or math.nan]
         groups.setdefault(", ".join(f"{k} {settings[path].get(k)}" for k in differ) or "all", []).append(values)
