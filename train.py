@@ -118,7 +118,7 @@ class Settings:
     bench: bool = opt("run", False, "train nothing; print images/s of loading, of the plain loop and of this one", free=True)
 
 
-READ = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}          # what a preset needs and others do not
+NEEDS = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}          # what a preset needs and the others refuse
 PATHS = ("voc", "imagenet", "synsets", "images", "tags", "background", "cache", "weights", "out")
 PHOTOGRAPHS = dict(head="256", kernel="3,1", dense=2, optimizer="adam", schedule="cosine", weight_decay=1e-4, amp=True)
 PRESETS = {
@@ -153,9 +153,9 @@ def parse(argv):
     s.cache = "" if s.cache == "no" or s.train_convs < 0 else s.cache         # -1: nothing is frozen
     s.self_steps = 0 if s.masks else s.self_steps                   # the labels are given
     for wrong, flag, why in [
-            *((not getattr(s, name), name, f"{preset} needs it") for name in READ.get(preset, ())),
+            *((not getattr(s, name), name, f"{preset} needs it") for name in NEEDS.get(preset, ())),
             *((name in given, name, f"{preset} does not read it; did you mean  train.py {other} ...  ?")
-              for other, names in READ.items() if other != preset for name in names),
+              for other, names in NEEDS.items() if other != preset for name in names),
             (s.train_convs > sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows), "train-convs", f"{s.trunk} has fewer"),
             (s.self_steps and (preset == "toy" or not s.cache), "self-steps",
              "needs image files (not toy), a --cache, and a trunk that is frozen in part; else give --self-steps 0"),
