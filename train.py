@@ -587,6 +587,8 @@ def main():
     names = [f"{i:06}_{Path(path).stem}" for i, path in enumerate(photos.paths)] if s.self_steps else []
     for turn in range(s.self_rounds if s.self_steps else 0):
         own, begin = out / f"self{turn + 1}", s.steps + turn * s.self_steps
+        if saved["step"] >= begin + s.self_steps:                 # done before this --resume, its labels may be gone
+            continue
         with first_process_first():
             if RANK == 0 and saved["step"] <= begin:
                 label_training_images(net.eval(), photos, features, device, own, names)
