@@ -409,7 +409,7 @@ def augment(images, random, labels=None, flip=0.5, rotate=10.0, scale=0.2, brigh
 
     images (B, 3, H, W) uint8 or float in 0..255, on any device; labels (B, H, W) uint8 or None move along, void where
     nothing is. random (7, B): uniform in 0..1, what is drawn. Returns float images and the labels, same shapes.
-    flip: chance; the others are the largest, and the paper gives none: degrees, log of the factor, share of 255, relative.
+    flip: chance; then the largest turn in degrees, log of scale, share of 255, change of contrast (the paper gives none).
     """
     flips, turns, zooms, lights, gains, *shifts = random.to(images.device, non_blocking=True) * 2 - 1    # (B,) in -1..1
     sign, angle, zoom = torch.where(flips < 2 * flip - 1, -1.0, 1.0), turns * rotate * np.pi / 180, torch.exp(zooms * scale)

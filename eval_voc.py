@@ -127,7 +127,7 @@ def print_score(report, matrix, classes):
 # ---------------------------------------------------------------- the ladder
 
 def average_precision(scores, present):
-    """Area under the monotone precision-recall curve (VOC from 2010 on), percent; None without hits. (N,) floats, (N,) bool."""
+    """Area under the monotone precision-recall curve (VOC from 2010), percent, or None. scores (N,), present (N,) bool."""
     hits = present[np.argsort(-scores, kind="stable")]
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]               # the best at this recall or a larger one
@@ -210,7 +210,7 @@ def print_ladder(report):
         line(name, [r["iou"][name] for r in rows.values()])
     line("mean IoU", [r["mean_iou_defined"] for r in rows.values()])
     if any(r["mean_iou"] is None for r in rows.values()):
-        print("(of a column, over the classes that it or the masks hold; do not compare columns)")
+        print("(a column's mean is over the classes that it or the masks hold: do not compare columns)")
     if classes == data.VOC_CLASSES:
         line("paper, val", [np.mean(PAPER[row]) if row in PAPER else None for row in rows])
     if report.get("mean_average_precision") is not None:

@@ -348,7 +348,7 @@ def bing(image, model_dir, n=1000, per_size=130):
 
 
 def read_mcg(path):
-    """MCG's released proposals, a .mat -> labels (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) scaled to 0..1."""
+    """MCG's released proposals, a .mat -> regions (H, W) int32 0..S-1, segments (N, S) bool, scores (N,) scaled to 0..1."""
     with data.reading(path, "MCG's superpixels, labels and scores"), open(path, "rb") as file:
         mat = scipy.io.loadmat(file)
         labels, scores = mat["superpixels"], np.asarray(mat["scores"], float).ravel()             # labels from 1
