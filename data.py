@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 VOID = 255
@@ -168,11 +169,13 @@ def read_labels(path):
     return labels
 
 
-def save_labels(path, labels):
+def save_labels(path, labels, comment=""):
     """Write (H, W) class indices as a palette PNG in VOC's 256 colours."""
-    image = Image.fromarray(np.asarray(labels, np.uint8))
+    image, text = Image.fromarray(np.asarray(labels, np.uint8)), PngInfo()
     image.putpalette(voc_palette().tobytes())
-    write_atomically(path, lambda file: image.save(file, "png"))
+    if comment:
+        text.add_text("Comment", comment)
+    write_atomically(path, lambda file: image.save(file, "png", pnginfo=text))
 
 
 def to_8_bits(values):

@@ -67,6 +67,18 @@ def measures(matrix):
         return 100 * hit / (true + predicted - hit), 100 * hit / predicted, 100 * hit / true
 
 
+def with_void(matrix, classes):
+    """What to say of training labels, whose confusion (K + 1, K + 1) counts their void as class K.
+
+    Percent: the share of pixels that have a label, and the mean IoU where void counts as wrong.
+    """
+    K = len(classes)
+    true, predicted, hit = matrix[:K].sum(1), matrix[:K, :K].sum(0), np.diag(matrix)[:K]
+    iou = hit / np.maximum(true + predicted - hit, 1)
+    coverage = 100 * matrix[:K, :K].sum() / matrix[:K].sum()
+    return {"coverage": float(coverage), "mean_iou_void_wrong": float(100 * iou[true > 0].mean())}
+
+
 def mean_defined(values):
     """Mean of the values that are not None; None where there are none."""
     known = [v for v in values if v is not None]
@@ -208,20 +220,32 @@ def run_score(args):
         with data.reading(args.classes, "a checkpoint of train.py"):
             classes = model.read_checkpoint(args.classes)["classes"]
 
+    K = len(classes)
+
     def compare(i):
         path, mask = Path(args.folder, f"{i}.png"), Path(args.voc, "SegmentationClass", f"{i}.png")
         truth, labels = data.read_labels(mask), data.read_labels(path)
         with data.reading(path, "labels as infer.py writes them"):
-            return confusion(truth, labels, len(classes))
+            if args.void_allowed:
+                return confusion(truth, np.where(labels == VOID, K, labels), K + 1)
+            return confusion(truth, labels, K)
 
     matrices = attempt(compare, data.voc_ids(args.voc, args.set))
-    report = summarise(sum(matrices), classes, len(matrices))
+    total = sum(matrices)
+    report = summarise(total[:K, :K], classes, len(matrices))
+    if args.void_allowed:
+        void = with_void(total, classes)
+        report.update(void, what="training labels, known tags: not VOC's measure")
+        print(report["what"])
+        print(f"{void['coverage']:.1f} % of the pixels have a label, to which the table belongs; "
+              f"mean IoU with void as wrong {void['mean_iou_void_wrong']:.2f}")  # fmt: skip
     width = max(map(len, classes))
     print(f"{'':{width}} {'IoU':>7} {'precision':>10} {'recall':>7}")
-    for name, iou, precision, recall in zip(classes, *measures(sum(matrices))):
+    for name, iou, precision, recall in zip(classes, *measures(total[:K, :K])):
         print(f"{name:{width}} {iou:7.2f} {precision:10.2f} {recall:7.2f}")
     mean = math.nan if report["mean_iou"] is None else report["mean_iou"]
-    print(f"mean IoU (VOC) {mean:.2f}   mean class accuracy {report['mean_accuracy']:.2f}")
+    whose = "where labelled" if args.void_allowed else "VOC"
+    print(f"mean IoU ({whose}) {mean:.2f}   mean class accuracy {report['mean_accuracy']:.2f}")
     if report["mean_iou"] is None:
         occur = f"{report['classes_defined']} of {len(classes)} classes that occur"
         print(f"mean IoU over the {occur} {report['mean_iou_defined']:.2f}   (not VOC's)")
@@ -291,6 +315,8 @@ def main():
     score.add_argument("folder", help="<image id>.png of every image, as infer.py writes them")
     score.add_argument("--json", metavar="FILE", help="also write the numbers here")
     score.add_argument("--classes", metavar="CKPT", help="whose classes these are [VOC's]")
+    text = "score training labels: 255 is no label"
+    score.add_argument("--void-allowed", action="store_true", help=text)
     rungs.add_argument("checkpoint", help="ckpt.pt or head.pt of train.py")
     rungs.add_argument("--json", metavar="FILE", help="also write the numbers, a chart beside them")
     rungs.add_argument("--limit", type=int, metavar="N", help="use N images, spread over the set")

@@ -4,8 +4,9 @@
     python infer.py CKPT DIR --prior sppxl --soft     # a folder; also the class scores as .npz
     python infer.py CKPT photo.jpg --panel demo.png   # a picture of how it came about
     python infer.py CKPT --voc VOC2012 --set val --out out/val    # ready for eval_voc.py score
+    python infer.py CKPT --voc VOC2012 --set train --known-tags   # labels to train other networks
 
-No true label is read here. A photograph above 1,000 px is labelled at that size.
+No true label is read here, but for --known-tags. A photograph above 1,000 px is labelled at that.
 Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
 """
 
@@ -509,9 +510,11 @@ def open_net(path, args, priors):
     return net, ckpt["thresholds"]
 
 
-def files_to_label(args):
+def files_to_label(args, tags):
     """The photographs asked for; raises InputError where two would be written to one file."""
-    if args.voc:
+    if tags:
+        files = list(tags)
+    elif args.voc:
         files = [Path(args.voc, "JPEGImages", f"{i}.jpg") for i in data.voc_ids(args.voc, args.set)]
     else:
         files = []
@@ -528,15 +531,39 @@ def files_to_label(args):
     return files
 
 
-def write_labels(args, net, thresholds, file, photo, p, q):
-    """Smooth one photograph's p (K, H, W), write its labels, and return them."""
-    out = Path(args.out, file.stem)
-    if args.ilp:
-        p = ilp(p, q, args.ilp_form)
+def known_tags(args, classes):
+    """{file: its tags (K,) bool}: of the set of --voc, or of the CSV --known-tags for one folder."""
+    if args.voc:
+        photos = data.voc_photos(args.voc, args.set)
+        return dict(zip(photos.paths, photos.tags.numpy() > 0))
+    if len(args.images) != 1 or args.known_tags == "the set's":
+        raise InputError(
+            "--known-tags: with photographs, give one folder and the CSV of their tags"
+        )
+    tags = data.read_tags(args.images[0], args.known_tags)
+    unknown = set().union(*tags.values()) - set(classes)
+    if unknown:
+        known = f"its classes are {', '.join(classes)}"
+        raise InputError(f"{args.known_tags}: {min(unknown)} is unknown to the checkpoint; {known}")
+    return {file: np.isin(classes, [*names, "background"]) for file, names in tags.items()}
+
+
+def write_labels(args, net, thresholds, present, file, photo, p, q):
+    """Smooth one photograph's p (K, H, W), write its labels, and return them.
+
+    present: its known tags (K,) bool, or None.
+    """
+    out, comment = Path(args.out, file.stem), ""
     scene = Scene(data.shrink(photo), thresholds, args.boxes, args.mcg, file.stem)
-    labels = PRIORS[args.prior](p, scene).astype(np.uint8)
+    if args.ilp and present is None:
+        p = ilp(p, q, args.ilp_form)
+    if present is None:
+        labels = PRIORS[args.prior](p, scene).astype(np.uint8)
+    else:
+        labels = labels_from_tags(p, present, scene.image, scene.regions, args.sure)
+        comment = "training label: made with known tags"
     labels = np.asarray(Image.fromarray(labels).resize(photo.shape[1::-1], Image.NEAREST))
-    data.save_labels(f"{out}.png", labels)
+    data.save_labels(f"{out}.png", labels, comment)
     if not args.voc:
         picture = Image.fromarray(overlay(photo, labels))
         data.write_atomically(f"{out}_overlay.png", lambda file: picture.save(file, "png"))
@@ -559,12 +586,22 @@ def main():
     add("--prior", choices=list(PRIORS), default="none", help="what smooths the labels [none]")
     both = argparse.BooleanOptionalAction
     add("--ilp", action=both, default=True, help="image-level prior, Eq. 7 [yes, as the paper]")
+    csv = {"nargs": "?", "const": "the set's", "metavar": "FILE"}
+    add("--known-tags", help="training labels from true tags: of --voc's set, or this CSV's", **csv)
+    add(
+        "--sure", type=float, default=0.6, metavar="P", help="with them: 255 below this share [0.6]"
+    )
     add_options(parser)
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")
-    files = files_to_label(args)
+    if args.known_tags and (args.prior != "none" or not args.ilp or args.panel or args.soft):
+        parser.error("--known-tags takes none of --prior, --no-ilp, --panel and --soft")
+    if not 0 <= args.sure <= 1 or args.sure != 0.6 and not args.known_tags:
+        parser.error("--sure goes with --known-tags; expected a share, 0 to 1")
     net, thresholds = open_net(args.checkpoint, args, [args.prior])
+    tags = known_tags(args, net.classes) if args.known_tags else {}
+    files = files_to_label(args, tags)
     broken, start = {}, time.perf_counter()
 
     def network(file):
@@ -576,7 +613,8 @@ def main():
         return file, photo, *predict(net, data.shrink(photo))
 
     def priors(predicted):
-        return None if predicted is None else write_labels(args, net, thresholds, *predicted)
+        if predicted is not None:
+            return write_labels(args, net, thresholds, tags.get(predicted[0]), *predicted)
 
     for labels in data.progress(overlapped(network, priors, files), "labelled", len(files)):
         if len(files) == 1 and labels is not None:
@@ -590,7 +628,8 @@ def main():
         samples = [(Scene(image, *options, name), None) for image, name in images]
         save_panel(args.panel, net, samples, args.prior, args.ilp_form if args.ilp else None)
     speed = len(files) / (time.perf_counter() - start)
-    print(f"wrote {len(whole)} label maps to {args.out}/, {speed:.2f} images/s")
+    kind = "training labels (known tags)" if tags else "label maps"
+    print(f"wrote {len(whole)} {kind} to {args.out}/, {speed:.2f} images/s")
     if broken:
         raise InputError(f"{len(broken)} of {len(files)} images: {'; '.join(broken.values())}")
 

@@ -181,7 +181,7 @@ def test_overfeats_geometry_is_the_papers():
 
     # One pass over all shifts takes the dilations of the paper's section 1.3.
     dense = model.dense_rows(rows, 12)
-    assert [row.dilation for row in dense] == [1, 2, 2, 6] + [12] * 8
+    assert [row.dilation for row in dense] == [1, 2, 6, 6] + [12] * 8
     assert {row.stride for row in dense} == {1}
 
 
@@ -307,7 +307,7 @@ def test_other_weight_files_are_named():
     for file, why in (
         ("short", "75,665,916 bytes"),
         ("nan", "NaN or Inf"),
-        ("fast", "583,683,488 bytes, .* --trunk overfeat-fast"),
+        ("fast", "583,683,488 bytes, .*--trunk overfeat-fast"),
         ("gone", "No such file"),
     ):
         with pytest.raises(OSError, match=why) as e:
@@ -361,13 +361,13 @@ def test_upsampling_reaches_pixels_of_another_resolution():
 def test_whole_images_are_scored_with_cells_on_their_pixels():
     """`dense` at pixel step * i + offset is what the net says of a picture cut out around it."""
     net = model.Net("tiny", ["background", "cat"], [8]).eval()
-    image = torch.from_numpy(random_image(0, 61, 83).transpose(2, 0, 1).copy())[None]
+    image = torch.from_numpy(random_image(0, 101, 133).transpose(2, 0, 1).copy())[None]
     scores, step, offset = net.dense(image)
-    assert (step, offset, scores.shape) == (4, 0, (1, 2, 16, 21))
-    field = model.geometry(net.rows)[1]
-    top, left = 4 * 6 - field // 2, 4 * 9 - field // 2  # around pixel (24, 36)
-    window = image[:, :, top : top + field, left : left + field]
-    assert torch.allclose(net(window)[0, :, 0, 0], scores[0, :, 6, 9], atol=1e-4)
+    assert (step, offset, scores.shape) == (4, 0, (1, 2, 26, 34))
+    centre = int(model.geometry(net.rows)[2])
+    top, left = 4 * (12 - 3) - centre, 4 * (16 - 3) - centre  # cell 3 of the cut is on (48, 64)
+    cut = image[:, :, top : top + 70, left : left + 70]
+    assert torch.allclose(net(cut)[0, :, 3, 3], scores[0, :, 12, 16], atol=1e-4)
 
 
 # ---------------------------------------------------------------- aggregation and losses
@@ -547,3 +547,484 @@ def test_average_precision_by_hand():
     ):
         assert eval_voc.average_precision(scores, np.array(hits, bool)) == pytest.approx(want)
     assert eval_voc.average_precision(scores, np.zeros(6, bool)) is None
+
+
+# ---------------------------------------------------------------- superpixels and proposals
+def slow_superpixels(image, scale, sigma, min_size):
+    """Felzenszwalb-Huttenlocher with a set of pixels for every segment."""
+    H, W = image.shape[:2]
+    planes = [ndimage.gaussian_filter(image[..., c] / 255.0, sigma) for c in range(3)]
+    smooth = np.stack(planes, -1)
+    edges = []
+    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        for y in range(H):
+            for x in range(W):
+                if y + dy < H and 0 <= x + dx < W:
+                    d = smooth[y, x] - smooth[y + dy, x + dx]
+                    cost = math.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
+                    edges.append((cost, y * W + x, (y + dy) * W + x + dx))
+    edges.sort(key=lambda edge: edge[0])  # equal costs stay in this order
+
+    home = list(range(H * W))
+    segments = {i: {i} for i in home}
+    inner = [0.0] * (H * W)  # Int(C): the largest cost inside
+    for growing in (True, False):
+        for cost, p, q in edges:
+            a, b = home[p], home[q]
+            if a == b:
+                continue
+            if growing:
+                joins = True
+                for c in (a, b):
+                    joins = joins and cost < inner[c] + scale / 255 / len(segments[c])
+            else:
+                joins = len(segments[a]) < min_size or len(segments[b]) < min_size
+            if joins:
+                for pixel in segments[b]:
+                    home[pixel] = a
+                segments[a] |= segments.pop(b)
+                inner[a] = cost
+    return in_raster_order(np.reshape(home, (H, W)))
+
+
+def in_raster_order(labels):
+    """The same segments, numbered by their first pixels."""
+    names = {}
+    for label in labels.ravel().tolist():
+        names.setdefault(label, len(names))
+    return np.vectorize(names.get)(labels)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_superpixels_are_felzenszwalbs(seed):
+    rng = np.random.default_rng(seed)
+    levels = (2, 4, 16, 256)[seed % 4]  # few levels: many equal costs
+    height, width = rng.integers(2, 22, 2)
+    image = rng.integers(0, levels, (height, width, 3)) * (255 // (levels - 1))
+    if seed % 3 == 0:  # blobs, so that large segments form
+        image = image.repeat(3, 0).repeat(3, 1)
+    image = image.astype(np.uint8)
+    scale, sigma, least = rng.choice([1, 30, 100, 400]), rng.choice([0, 0.5, 1]), rng.choice([1, 9])
+    slow = slow_superpixels(image, scale, sigma, least)
+    assert np.array_equal(infer.superpixels(image, scale, sigma, least), slow)
+
+
+def test_superpixels_are_scikit_images():
+    segmentation = pytest.importorskip("skimage.segmentation", reason="scikit-image is missing")
+    image = random_image(0, 12, 16).repeat(8, 0).repeat(8, 1) // 2 + random_image(1, 96, 128) // 8
+    for scale, sigma, least in ((100, 0.5, 12), (50, 0.8, 5), (400, 0.5, 50)):
+        theirs = segmentation.felzenszwalb(image, scale, sigma, least)
+        ours = infer.superpixels(image, scale, sigma, least)
+        assert ours.max() > 20
+        assert np.array_equal(ours, in_raster_order(theirs))
+
+
+def test_superpixels_at_half_resolution_cover_the_image():
+    image = random_image(0, 21, 33)
+    regions = infer.superpixels_at_half(image)
+    half = infer.superpixels(np.asarray(Image.fromarray(image).reduce(2)))
+    for (y, x), region in np.ndenumerate(regions):
+        assert region == half[y // 2, x // 2]
+    assert regions.shape == (21, 33)
+
+
+@pytest.fixture
+def proposals():
+    """9 regions (13, 17), 12 random segments of them, of which one is empty, and their scores."""
+    rng = np.random.default_rng(0)
+    regions = rng.permutation(221).reshape(13, 17) % 9
+    segments = rng.random((12, 9)) < 0.3
+    segments[0] = False
+    segments[1:, 0] = True
+    return regions, segments, rng.random(12)
+
+
+def test_box_cover_is_the_mean_score_of_the_boxes_around_a_pixel():
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(-3, 20, (12, 2, 2)), 1)  # some reach beyond the picture
+    boxes, scores = corners.reshape(12, 4), rng.random(12)
+    cover = infer.box_cover(boxes, scores, (13, 17))
+    for (y, x), got in np.ndenumerate(cover):
+        around = []
+        for (x0, y0, x1, y1), s in zip(np.round(boxes), scores):
+            if x0 <= x < x1 and y0 <= y < y1:
+                around.append(s)
+        assert got == pytest.approx(np.mean(around) if around else 0)
+
+
+def test_segment_cover_is_the_mean_score_of_the_segments_around_a_pixel(proposals):
+    regions, segments, scores = proposals
+    cover = infer.segment_cover(segments, scores, regions)
+    for (y, x), got in np.ndenumerate(cover):
+        around = [s for segment, s in zip(segments, scores) if segment[regions[y, x]]]
+        assert got == pytest.approx(np.mean(around) if around else 0)
+
+
+def test_boxes_of_segments_are_tight(proposals):
+    regions, segments, _ = proposals
+    boxes = infer.boxes_of(segments, regions)
+    for segment, box in list(zip(segments, boxes))[1:]:  # the first is empty
+        y, x = np.nonzero(segment[regions])
+        assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+def mcg_content(regions, segments, scores):
+    """What MCG writes into a .mat: regions counted from 1, a list of them for each candidate."""
+    labels = np.empty((len(segments), 1), object)
+    for n, segment in enumerate(segments):
+        labels[n, 0] = (np.flatnonzero(segment) + 1).astype(np.uint16)[None]
+    return {"superpixels": (regions + 1).astype(np.uint16), "labels": labels, "scores": scores}
+
+
+def test_mcgs_file_is_read(proposals):
+    regions, segments, scores = proposals
+    scipy.io.savemat("a.mat", mcg_content(regions, segments, scores[:, None]))
+    read_regions, read_segments, read_scores = infer.read_mcg("a.mat", regions.shape)
+    assert np.array_equal(read_regions, regions)
+    assert np.array_equal(read_segments, segments)
+    low, high = min(scores), max(scores)
+    assert read_scores == pytest.approx([(s - low) / (high - low) for s in scores])
+
+
+def test_boxes_files_are_read():
+    write("a.txt", "1 2 30 40 0.5\n\n0 0 9.4 9.6 -1.5\n5 5 6 6 2.5\n")
+    boxes, scores = infer.read_boxes("a.txt")
+    assert boxes.tolist() == [[1, 2, 30, 40], [0, 0, 9.4, 9.6], [5, 5, 6, 6]]
+    assert scores.tolist() == [0.5, 0, 1]
+
+
+def slow_hierarchy(regions, image, least):
+    """{frozenset of regions: mean distance from the border}, by relaxation and comparing all pairs."""
+    S = regions.max() + 1
+    colours = [image[regions == s].mean(0) / 255 for s in range(S)]
+    far = np.full((S, S), np.inf)
+    np.fill_diagonal(far, 0)
+    H, W = regions.shape
+    for y in range(H):
+        for x in range(W):
+            for v, u in ((y + 1, x), (y, x + 1)):
+                if v < H and u < W and regions[y, x] != regions[v, u]:
+                    a, b = regions[y, x], regions[v, u]
+                    far[a, b] = far[b, a] = np.linalg.norm(colours[a] - colours[b]) + 1e-6
+    for via in range(S):
+        for a in range(S):
+            far[a] = np.minimum(far[a], far[a, via] + far[via])
+
+    clusters = [[s] for s in range(S)]
+    nodes = [[s] for s in range(S)]
+    while len(clusters) > 1:
+        best = (np.inf, 0, 0)
+        for i in range(len(clusters)):
+            for j in range(i):
+                best = min(best, (far[np.ix_(clusters[i], clusters[j])].mean(), i, j))
+        _, i, j = best
+        clusters.append(clusters.pop(i) + clusters.pop(j))
+        nodes.append(clusters[-1])
+
+    on_border = {*regions[0], *regions[-1], *regions[:, 0], *regions[:, -1]}
+    from_border = far[:, sorted(on_border)].min(1)[regions]  # (H, W)
+    found = {}
+    for node in nodes:
+        inside = np.isin(regions, node)
+        if inside.mean() >= least:
+            found[frozenset(map(int, node))] = from_border[inside].mean()
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hierarchy_equals_its_loops(seed):
+    image = random_image(seed, 20, 26)
+    regions = infer.superpixels(image, 20, 0.5, 6)
+    want = slow_hierarchy(regions, image, 0.02)
+    segments, scores = infer.hierarchy(regions, image, 0.02)
+    assert len(segments) == len(want) > 5
+    low, high = min(want.values()), max(want.values())
+    for segment, s in zip(segments, scores):
+        node = frozenset(np.flatnonzero(segment).tolist())
+        assert s == pytest.approx((want[node] - low) / (high - low))
+
+
+# ---------------------------------------------------------------- priors and thresholds
+def test_image_level_prior_is_eq_7():
+    p = np.random.default_rng(0).random((3, 4, 5), np.float32)
+    q = np.array([0.1, 0.3, 0.6], np.float32)
+    for k in range(3):
+        assert np.allclose(infer.ilp(p, q, "all")[k], p[k] * q[k])
+        assert np.allclose(infer.ilp(p, q)[k], p[k] * (q[k] if k else 1))
+
+
+def test_a_superpixel_takes_its_most_frequent_label():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, (9, 11))
+    regions = rng.permutation(99).reshape(9, 11) % 9
+    voted = infer.vote(labels, regions)
+    for region in range(9):
+        inside = labels[regions == region].tolist()
+        most = max(range(4), key=inside.count)  # the first of equals
+        assert set(voted[regions == region]) == {most}
+
+
+def test_thresholded_is_the_best_object_above_its_delta():
+    rng = np.random.default_rng(0)
+    p, objectness, delta = rng.random((4, 9, 11)), rng.random((9, 11)), [0, 0.1, 0.2, 0.3]
+    labels = infer.thresholded(p, objectness, delta)
+    for (y, x), label in np.ndenumerate(labels):
+        k = max((1, 2, 3), key=lambda k: p[k, y, x])
+        v = p[k, y, x] / p[:, y, x].sum() * objectness[y, x]
+        assert label == (k if v > delta[k] else 0)
+    assert 0.1 < (labels > 0).mean() < 0.9
+
+
+def test_relative_objectness_is_half_at_the_average():
+    o = np.random.default_rng(0).random((9, 11))
+    above = o - o.min()
+    assert np.allclose(infer.relative(o), above / (above + above.mean()))
+    assert np.allclose(infer.relative(7 * o - 3), infer.relative(o))  # on any scale
+    assert np.allclose(infer.relative(np.full((3, 3), 7.0)), 0.5)  # a flat one decides nothing
+
+
+def test_pixel_adaptive_refinement_equals_its_loops():
+    planes = np.random.default_rng(0).random((2, 9, 11))
+    image = random_image(1, 9, 11)
+    guide = image / 255
+    want = planes.copy()
+    for _ in range(2):
+        before = want.copy()
+        for y in range(9):
+            for x in range(11):
+                weights, values, colours = [], [], [guide[y, x]]
+                for d in (1, 3):
+                    for dy in (-d, 0, d):
+                        for dx in (-d, 0, d):
+                            if dy or dx:
+                                v, u = min(max(y + dy, 0), 8), min(max(x + dx, 0), 10)
+                                colours.append(guide[v, u])
+                                values.append(before[:, v, u])
+                deviation = np.std(colours, 0, ddof=1) + 1e-8
+                for colour in colours[1:]:
+                    difference = np.abs(colour - guide[y, x]) / (0.1 * deviation)
+                    weights.append(math.exp(-difference.mean()))
+                want[:, y, x] = np.average(values, 0, weights)
+    assert np.allclose(infer.pixel_adaptive(planes, image, (1, 3), 2), want, atol=1e-5)
+
+
+@pytest.fixture
+def bright_object():
+    """A light rectangle on dark ground, (80, 100, 3)."""
+    image = np.full((80, 100, 3), 40, np.uint8)
+    image[24:56, 32:72] = 220
+    return image
+
+
+def test_our_proposals_find_a_bright_object(bright_object):
+    scene = infer.Scene(bright_object)
+    for objectness in (scene.bb, scene.seg, infer.saliency(bright_object)):
+        assert objectness[4, 4] < 0.4
+        assert objectness[40, 52] > 0.6
+
+
+def test_refine_finds_a_bright_object_from_scores_that_know_nothing(bright_object):
+    p = np.full((2, 80, 100), 0.5, np.float32)
+    labels = infer.refine(p, bright_object, infer.superpixels_at_half(bright_object)).argmax(0)
+    assert (labels == (bright_object[..., 0] > 100)).mean() > 0.95
+
+
+def test_labels_from_tags_hold_no_other_class(bright_object):
+    p = np.random.default_rng(0).random((5, 80, 100), np.float32)
+    present = np.array([False, False, True, False, True])
+    regions = infer.superpixels_at_half(bright_object)
+    some = infer.labels_from_tags(p, present, bright_object, regions, sure=0.5)
+    all_ = infer.labels_from_tags(p, present, bright_object, regions, sure=0, background=-9)
+    assert set(np.unique(some)) <= {0, 2, 4, 255}
+    assert set(np.unique(all_)) <= {2, 4}
+    none = infer.labels_from_tags(p, np.zeros(5, bool), bright_object, regions, sure=0.5)
+    assert not none.any()  # an image of background alone
+
+
+@pytest.mark.parametrize("prior", ["bb", "seg"])
+def test_fitted_thresholds_equal_a_search(prior):
+    """No multiple of 1/50 gives a class a better IoU with the labels that come from the tags."""
+    rng = np.random.default_rng(0)
+    tags, q = np.array([0, 1, 0, 1]), np.array([0.4, 0.9, 0.5, 0.7], np.float32)
+    scenes, planes, truths = [], [], []
+    for i in range(4):
+        scene = infer.Scene(random_image(i, 20, 24))
+        mask = rng.choice(4, p=[0.4, 0.3, 0.1, 0.2], size=(20, 24))
+        scores = rng.normal(size=(4, 20, 24)) + 1.5 * (np.arange(4)[:, None, None] == mask)
+        p = torch.from_numpy(scores).softmax(0).float().numpy()
+        tagged = p * np.array([1, 1, 0, 1])[:, None, None]  # the background, and the tags
+        truths.append(infer.refine(tagged, scene.image, scene.regions).argmax(0))
+        scenes.append(scene)
+        planes.append(p)
+
+    iou = np.zeros((50, 4))
+    for step in range(50):
+        labels = []
+        for scene, p in zip(scenes, planes):
+            delta = np.full(4, step / 50)
+            labels.append(infer.thresholded(infer.ilp(p, q), getattr(scene, prior), delta))
+        for k in range(4):
+            drawn, true = np.stack(labels) == k, np.stack(truths) == k
+            iou[step, k] = (drawn & true).sum() / max((drawn | true).sum(), 1)
+
+    def fit(shrink):
+        net = types.SimpleNamespace(classes=["background", "a", "b", "c"])
+        samples = [(scene.image, tags) for scene in scenes]
+        with mock.patch.object(infer, "predict", side_effect=[(p, q) for p in planes]):
+            deltas = infer.fit_thresholds(net, samples, shrink)[prior]
+        return np.rint(np.array(deltas) * 50).astype(int)
+
+    # Every class its own best; with much shrinking all share that of the mean over the objects.
+    alone, shared = fit(shrink=0), fit(shrink=1e9)
+    for k in (1, 3):
+        assert iou[alone[k], k] == pytest.approx(iou[:, k].max())
+    assert len(set(shared[1:])) == 1
+    assert iou[shared[1], 1:].mean() == pytest.approx(iou[:, 1:].mean(1).max())
+
+
+# ---------------------------------------------------------------- photographs
+def ramp_image():
+    """A smooth picture (40, 30, 3) that JPEG keeps nearly as it is."""
+    image = np.full((40, 30, 3), 128.0)
+    image[..., 0] = np.linspace(0, 255, 40)[:, None]
+    image[..., 1] = np.linspace(255, 0, 30)
+    return image.astype(np.uint8)
+
+
+def test_photographs_of_every_mode_are_read():
+    """Each within what its encoding loses: turned by the camera, CMYK, palette."""
+    ramp = ramp_image()
+    image, exif = Image.fromarray(ramp), Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save("turned.jpg", exif=exif, quality=95)
+    image.convert("CMYK").save("cmyk.jpg", quality=95)
+    image.quantize(256).save("palette.png")
+    image.save("plain.bmp")
+    for file in ("turned.jpg", "cmyk.jpg", "palette.png", "plain.bmp"):
+        got = data.load_image(file)
+        assert np.abs(got.astype(int) - ramp).mean() < 12, file
+
+
+def test_transparency_is_white():
+    ramp = ramp_image()
+    alpha = np.zeros((40, 30, 1), np.uint8)
+    alpha[:20] = 255
+    Image.fromarray(np.concatenate([ramp, alpha], 2)).save("a.png")
+    got = data.load_image("a.png")
+    assert np.array_equal(got[:20], ramp[:20])
+    assert (got[20:] == 255).all()
+
+
+@pytest.mark.parametrize("full", [1.0, 255.0, 255, 1023, 4095, 65535, 256, 300.0])
+def test_deep_photographs_keep_their_range(full):
+    """Fault 14: 12 bits in 16, floats in 0..1; a maximum of 256 is as bright as one of 300."""
+    ramp = np.linspace(0, full, 1200).reshape(40, 30)
+    ramp = ramp.astype(np.float32 if isinstance(full, float) else np.uint16)
+    Image.fromarray(ramp).save("deep.tiff")
+    got = data.load_image("deep.tiff")[..., 0].astype(int)
+    full_scale = {256: 1023, 300.0: 1023}.get(full, full)
+    assert np.abs(got - ramp / full_scale * 255).max() <= 1
+    assert full_scale != full or got.max() == 255
+
+
+def test_folders_give_all_that_pillow_reads_and_count_the_rest():
+    """Fault 15: a telephone's and a camera's endings; what is no picture is counted."""
+    image = Image.fromarray(ramp_image())
+    for name, kind in (
+        ("a.jfif", "jpeg"), ("b.jpe", "jpeg"), ("c.mpo", "mpo"), ("d.JPG", "jpeg"),
+        ("e.webp", "webp"), ("f.tif", "tiff"), ("g.gif", "gif"),
+    ):  # fmt: skip
+        image.save(name, kind)
+    for name in ("notes.txt", "h.heic", ".hidden.jpg"):
+        write(name, "no picture")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        files = data.image_files(".")
+    assert [file.name[0] for file in files] == list("abcdefg")
+    assert "2 other files are left out: .heic .txt" in out.getvalue()
+
+
+def test_small_and_long_photographs_train_and_are_labelled():
+    make_folder(["0.png,cat", "long.png,dog", "dot.png,"])
+    save_photo("photos/long.png", 0, 1, 3000)
+    save_photo("photos/dot.png", 0, 1, 1)
+    ok(f"{FOLDER} --cache no")
+    for prior in ("bb", "seg", "sppxl", "refine"):
+        ok(f"infer o/ckpt.pt photos --prior {prior} --soft --out {prior}")
+        assert data.read_labels(f"{prior}/long.png").shape == (1, 3000)
+        with np.load(f"{prior}/long.npz", allow_pickle=False) as soft:
+            assert soft["scores"].shape == (3, 1, 1000)
+            assert soft["classes"].tolist() == ["background", "cat", "dog"]
+
+
+def test_broken_photographs_are_left_out_and_named_once():
+    make_folder()
+    whole = Path("photos/1.png").read_bytes()
+    Path("photos/1.png").write_bytes(whole[:-300])
+    for more in ("--cache no", "--cache c"):
+        status, _, err = run(f"{FOLDER} --steps 6 {more}")
+        assert status == 0
+        assert err.count("left out: photos/1.png") == 1
+    refused("infer o/ckpt.pt photos --out l", "1 of 4 images", "photos/1.png")
+    assert sorted(p.name for p in Path("l").glob("?.png")) == ["0.png", "2.png", "3.png"]
+
+
+def test_too_many_broken_photographs_stop_a_run():
+    photos = data.tagged([f"{n}.png" for n in range(200)], [{1}] * 200, ["background", "cat"])
+    known = {}
+    data.note_broken(photos, {3: "3.png: cut", 5: "5.png: cut"}, known)
+    with pytest.raises(data.InputError, match="3 of 200 photographs cannot be read"):
+        data.note_broken(photos, {9: "9.png: cut"}, known)
+
+
+# ---------------------------------------------------------------- augmentation and the toy
+def test_augmentation_turns_magnifies_and_shifts():
+    """A horizontal ramp tells from where each pixel was taken."""
+    ramp = torch.arange(81.0).expand(1, 3, 81, 81)
+    draws = torch.full((7, 1), 0.5)  # the middle of every range: nothing moves
+    still = data.augment(ramp, draws, flip=0)
+    assert torch.allclose(still, ramp, atol=1e-3)
+    draws[1], draws[2], draws[5] = 1, 1, 1  # 10 degrees, twice as large, to the right
+    moved = data.augment(ramp, draws, flip=0, rotate=10, scale=math.log(2))
+    for y, x in ((40, 40), (35, 42), (44, 30)):
+        turned = (x - 40) * math.cos(math.radians(10)) - (y - 40) * math.sin(math.radians(10))
+        want = 40 + turned / 2 + 0.5 * 81 / 2
+        assert moved[0, 0, y, x].item() == pytest.approx(want, abs=0.1)
+
+
+def test_augmentation_flips_brightens_and_raises_contrast():
+    image = torch.from_numpy(random_image(0, 20, 20).transpose(2, 0, 1).copy())[None] / 4 + 90
+    draws = torch.full((7, 1), 0.5)
+    draws[0] = 0
+    assert torch.allclose(data.augment(image, draws), image.flip(3), atol=1e-3)
+    draws[0], draws[3], draws[4] = 1, 1, 1  # no flip; 20 % of 255 lighter, contrast x1.2
+    mean = image.mean()
+    want = ((image - mean) * 1.2 + mean + 51).clamp(0, 255)
+    assert torch.allclose(data.augment(image, draws), want, atol=1e-2)
+
+
+def test_toy_images_hold_their_tags_alone():
+    tags, images, masks = data.toy_drawn(3, 60)
+    assert 5 <= tags.count(set()) <= 20
+    for present, image, mask in zip(tags, images, masks):
+        assert set(np.unique(mask)) == {0} | present
+        assert image.shape == (96, 96, 3)
+
+
+def test_toy_scenes_hold_one_or_two_classes_and_are_no_training_images():
+    scenes = data.toy_scenes(3, 12)
+    assert {len(np.unique(labels)) for _, _, labels in scenes} == {2, 3}
+    drawn = data.toy_drawn(3, 12, size=144)[1]
+    for _, image, _ in scenes:
+        assert not any(np.array_equal(image, other) for other in drawn)
+
+
+def test_every_epoch_sees_every_image_once():
+    s = train.Settings(batch=4)
+    keys = []
+    for step in range(6):
+        keys += train.batch_keys(s, 12, step)
+    first = [i for i, _ in keys[:12]]
+    second = [i for i, _ in keys[12:]]
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
