@@ -110,6 +110,9 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch hides a full disk behind the latter
+        why = getattr(e, "strerror", None) or "disk full?"
+        raise InputError(f"{path}: cannot be written ({why}); make room, or write elsewhere") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -501,7 +504,8 @@ def voc_photos(voc, name):
 def image_files(folder):
     """All image files below a folder that Pillow reads, sorted; what is left out is printed."""
     Image.init()
-    known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    kinds = {*Image.OPEN, "MPO"}  # which its JPEG reader opens
+    known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
     there = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name[0] != "."]
     files = [p for p in there if p.suffix.lower() in known]
     if not files:

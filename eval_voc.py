@@ -9,6 +9,7 @@ Letters in shape comments: K classes, H W pixels. A matrix has a row per true cl
 predicted one.
 """
 
+import functools
 import math
 import tarfile
 import time
@@ -117,34 +118,37 @@ def average_precision(scores, present):
 
 
 # ---------------------------------------------------------------- the ladder
-def ladder(net, samples, thresholds, boxes=None, mcg=None, ilp_form="objects", priors=None):
+def ladder(net, samples, options, priors=None, workers=0):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples.
 
-    thresholds: as in a checkpoint; boxes, mcg: folders, see infer.Scene; ilp_form: of Eq. 7;
-    priors: names, by default all. Returns a JSON-ready dict and {name: q (K,)}.
+    options: of infer.Scene and Eq. 7, a dict; priors: names, by default all; workers: as for
+    infer.overlapped. Returns a JSON-ready dict and {name: q (K,)}.
     """
-    names, classes = infer.PRIORS if priors is None else priors, net.classes
     matrices, scores = {}, {}
+    names = list(infer.PRIORS) if priors is None else priors
 
     def network(sample):
         return *sample, *infer.predict(net, sample[1])
 
-    def rungs(predicted):
-        name, image, truth, p, q = predicted
-        scene, weighed = infer.Scene(image, thresholds, boxes, mcg, name), infer.ilp(p, q, ilp_form)
-        labels = {"base": p.argmax(0)}
-        for prior in names:
-            row = "ilp" if prior == "none" else f"ilp+{prior}"
-            labels[row] = infer.PRIORS[prior](weighed, scene)
-        with data.reading(name, "a mask of the photograph's size and of the checkpoint's classes"):
-            return name, q, {row: confusion(truth, x, len(classes)) for row, x in labels.items()}
-
-    for name, q, counts in infer.overlapped(network, rungs, samples):
+    rungs = functools.partial(rung_counts, options, names)
+    for name, q, counts in infer.overlapped(network, rungs, samples, workers):
         scores[name] = q
         for row, matrix in counts.items():
             matrices[row] = matrices.get(row, 0) + matrix
-    rows = {row: summarise(matrix, classes, len(scores)) for row, matrix in matrices.items()}
-    return {"rows": rows, "classes": classes}, scores
+    rows = {row: summarise(m, net.classes, len(scores)) for row, m in matrices.items()}
+    return {"rows": rows, "classes": net.classes}, scores
+
+
+def rung_counts(options, priors, predicted):
+    """(name, q (K,), {rung: confusion (K, K)}) of one image; options and priors as for ladder."""
+    name, image, truth, p, q = predicted
+    scene = infer.Scene(image, options["thresholds"], options["boxes"], options["mcg"], name)
+    weighed = infer.ilp(p, q, options["ilp_form"])
+    labels = {"base": p.argmax(0)}
+    for prior in priors:
+        labels["ilp" if prior == "none" else f"ilp+{prior}"] = infer.PRIORS[prior](weighed, scene)
+    with data.reading(name, "a mask of the photograph's size and of the checkpoint's classes"):
+        return name, q, {row: confusion(truth, x, len(p)) for row, x in labels.items()}
 
 
 def print_ladder(report):
@@ -262,8 +266,8 @@ def run_ladder(args):
     if net.classes != data.VOC_CLASSES:
         print("indices of the masks are read as:", ", ".join(net.classes))
     start = time.perf_counter()
-    options = (args.boxes, args.mcg, args.ilp_form, args.priors)
-    report, scores = ladder(net, samples, thresholds, *options)
+    options = {**vars(args), "thresholds": thresholds}
+    report, scores = ladder(net, samples, options, args.priors, args.workers)
     tags = data.voc_tags(args.voc, args.set)  # {id: (present, only difficult)}
     if net.classes == data.VOC_CLASSES and scores.keys() <= tags.keys():
         values = report["average_precision"] = {}

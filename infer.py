@@ -12,10 +12,12 @@ Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S supe
 
 import argparse
 import collections
+import contextlib
 import functools
 import math
+import multiprocessing
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,19 @@ import data
 import model
 from data import VOID, InputError
 
+SECONDS = collections.Counter()  # spent on each part of labelling
+
+
+@contextlib.contextmanager
+def timed(part):
+    """Adds to SECONDS what the block, or the function it decorates, takes."""
+    start = time.perf_counter()
+    yield
+    SECONDS[part] += time.perf_counter() - start
+
 
 # ---------------------------------------------------------------- scores and the image-level prior
+@timed("network")
 @torch.no_grad()
 def predict(net, image):
     """Eq. 2 of an image (H, W, 3) uint8: p (K, H, W) at every pixel, q (K,) of the whole.
@@ -113,6 +126,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
     return labels.astype(np.int32).reshape(H, W)
 
 
+@timed("superpixels")
 def superpixels_at_half(image):
     """Superpixels of an image (H, W, 3) uint8 at half its resolution, enlarged: (H, W) int32."""
     H, W = image.shape[:2]
@@ -240,6 +254,7 @@ def relative(objectness):
     return o / (o + o.mean())
 
 
+@timed("saliency")
 def saliency(image):
     """p(pixel in an object), (h, w), of a small picture (h, w, 3) uint8, from its hierarchy."""
     regions = superpixels(image, 50, 0.5, 5)
@@ -285,6 +300,7 @@ def small_picture(image, cells=64):
     return np.asarray(Image.fromarray(image).resize(size, Image.BOX))
 
 
+@timed("refinement")
 def smoothed(p, image, regions):
     """p (K, H, W) after pixel-adaptive refinement on a small picture, then superpixel means."""
     guide = small_picture(image)
@@ -463,16 +479,37 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
 
 
 # ---------------------------------------------------------------- command line
-def overlapped(network, priors, items, ahead=2):
-    """Yield priors(network(item)) in order, priors in threads while the network goes ahead."""
-    with ThreadPoolExecutor(max(1, ahead)) as pool:
+def overlapped(network, priors, items, workers=0):
+    """Yield priors(network(item)) in order, the priors in a thread or in `workers` processes.
+
+    The network goes ahead of them by a few items, so that memory is bounded. None is passed on.
+    """
+    if workers:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(1)
+    with pool:
         jobs = collections.deque()
         for item in items:
-            jobs.append(pool.submit(priors, network(item)))
-            if len(jobs) > ahead:
-                yield jobs.popleft().result()
+            jobs.append(pool.submit(in_pool, priors, network(item)))
+            if len(jobs) > workers + 2:
+                yield collect(jobs.popleft())
         while jobs:
-            yield jobs.popleft().result()
+            yield collect(jobs.popleft())
+
+
+def in_pool(priors, predicted):
+    """(priors(predicted), SECONDS spent), or None for None."""
+    result = None if predicted is None else priors(predicted)
+    spent = dict(SECONDS)
+    SECONDS.clear()
+    return result, spent
+
+
+def collect(job):
+    result, spent = job.result()
+    SECONDS.update(spent)
+    return result
 
 
 def numbers(text):
@@ -492,6 +529,7 @@ def add_options(parser):
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own]")
     add("--dense", type=int, metavar="F", help="score grid F times finer [the checkpoint's]")
     add("--sides", type=numbers, metavar="N,N", help="see images at N x N [the checkpoint's]")
+    add("--workers", type=int, default=0, metavar="N", help="processes for the priors [0: here]")
     add("--device", type=model.pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
@@ -548,11 +586,12 @@ def known_tags(args, classes):
     return {file: np.isin(classes, [*names, "background"]) for file, names in tags.items()}
 
 
-def write_labels(args, net, thresholds, present, file, photo, p, q):
-    """Smooth one photograph's p (K, H, W), write its labels, and return them.
+def write_labels(args, classes, thresholds, predicted):
+    """Smooth one photograph's p (K, H, W) and write its labels -> {class: share of the pixels}.
 
-    present: its known tags (K,) bool, or None.
+    predicted: file, photo (H', W', 3), p, q, and the known tags (K,) bool, or None.
     """
+    file, photo, p, q, present = predicted
     out, comment = Path(args.out, file.stem), ""
     scene = Scene(data.shrink(photo), thresholds, args.boxes, args.mcg, file.stem)
     if args.ilp and present is None:
@@ -562,15 +601,17 @@ def write_labels(args, net, thresholds, present, file, photo, p, q):
     else:
         labels = labels_from_tags(p, present, scene.image, scene.regions, args.sure)
         comment = "training label: made with known tags"
-    labels = np.asarray(Image.fromarray(labels).resize(photo.shape[1::-1], Image.NEAREST))
-    data.save_labels(f"{out}.png", labels, comment)
-    if not args.voc:
-        picture = Image.fromarray(overlay(photo, labels))
-        data.write_atomically(f"{out}_overlay.png", lambda file: picture.save(file, "png"))
-    if args.soft:
-        content = {"scores": p.astype(np.float16), "image_scores": q, "classes": net.classes}
-        data.write_atomically(f"{out}.npz", lambda file: np.savez_compressed(file, **content))
-    return labels
+    with timed("writing"):
+        labels = np.asarray(Image.fromarray(labels).resize(photo.shape[1::-1], Image.NEAREST))
+        data.save_labels(f"{out}.png", labels, comment)
+        if not args.voc:
+            picture = Image.fromarray(overlay(photo, labels))
+            data.write_atomically(f"{out}_overlay.png", lambda file: picture.save(file, "png"))
+        if args.soft:
+            content = {"scores": p.astype(np.float16), "image_scores": q, "classes": classes}
+            data.write_atomically(f"{out}.npz", lambda file: np.savez_compressed(file, **content))
+    counts = np.bincount(labels.ravel(), minlength=len(classes))
+    return {classes[k]: counts[k] / labels.size for k in np.argsort(-counts[: len(classes)])}
 
 
 def main():
@@ -610,17 +651,14 @@ def main():
         except (InputError, OSError) as e:
             broken[file] = data.one_line(e)
             return None
-        return file, photo, *predict(net, data.shrink(photo))
+        return file, photo, *predict(net, data.shrink(photo)), tags.get(file)
 
-    def priors(predicted):
-        if predicted is not None:
-            return write_labels(args, net, thresholds, tags.get(predicted[0]), *predicted)
-
-    for labels in data.progress(overlapped(network, priors, files), "labelled", len(files)):
-        if len(files) == 1 and labels is not None:
-            share = np.bincount(labels.ravel(), minlength=len(net.classes)) / labels.size
-            seen = [k for k in np.argsort(-share) if share[k] >= 0.005]
-            print(f"{files[0]}:", ", ".join(f"{net.classes[k]} {share[k]:.0%}" for k in seen))
+    priors = functools.partial(write_labels, args, net.classes, thresholds)
+    labelled = overlapped(network, priors, files, args.workers)
+    for shares in data.progress(labelled, "labelled", len(files)):
+        if len(files) == 1 and shares:
+            words = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
+            print(f"{files[0]}: {', '.join(words)}")
     whole = [file for file in files if file not in broken]
     if args.panel and whole:
         options = (thresholds, args.boxes, args.mcg)
@@ -630,6 +668,8 @@ def main():
     speed = len(files) / (time.perf_counter() - start)
     kind = "training labels (known tags)" if tags else "label maps"
     print(f"wrote {len(whole)} {kind} to {args.out}/, {speed:.2f} images/s")
+    parts = [f"{part} {seconds / len(files):.3f}" for part, seconds in SECONDS.items()]
+    print(f"seconds an image: {', '.join(parts)}")
     if broken:
         raise InputError(f"{len(broken)} of {len(files)} images: {'; '.join(broken.values())}")
 

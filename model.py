@@ -16,22 +16,25 @@ import functools
 import hashlib
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.benchmark import Timer
 
 VOID = 255  # a pixel or cell without a label
 
 
 # ---------------------------------------------------------------- rows: one list describes a net
 class Row(NamedTuple):
-    """One layer. A ReLU follows every convolution but the head's last."""
+    """One layer. A ReLU follows every convolution but the head's last.
 
-    kind: str  # "conv" or "pool" (max)
+    A "module" is a whole network of torch.hub, whose cells see `kernel` pixels, `stride` apart.
+    """
+
+    kind: str  # "conv", "pool" (max) or "module"
     out: int  # output channels; 0 in a pool
     kernel: int  # side of the window
     stride: int = 1
@@ -49,6 +52,19 @@ class Trunk(NamedTuple):
     size: int  # side of a training image, pixels
     feature_scale: float = 1.0  # multiplies the features, so that a fresh head sees values around 1
     weights: str = ""  # where its public weights are: an address, "file" (the user's), "" (none)
+    hub: tuple = ()  # of a module: repository, its entry, f(module, images) -> (B, D, h, w)
+
+
+def dinov2(name, maps):
+    """DINOv2 (Oquab et al., 2023): patch tokens of the last layer, after its norm, as a map."""
+
+    def patches(module, images):
+        return module.get_intermediate_layers(images, n=1, reshape=True)[0]
+
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
+    hub = ("facebookresearch/dinov2:main", name, patches)
+    return Trunk([Row("module", maps, 14, 14)], mean, std, (256,), 322, weights=url, hub=hub)
 
 
 conv = functools.partial(Row, "conv")  # (out, kernel, stride=1, pad=0)
@@ -83,6 +99,9 @@ TRUNKS = {
     "tiny": Trunk([
         conv(24, 5, stride=2), conv(32, 3), pool(2, 2), conv(64, 3, pad=1),
     ], mean=(128,), std=(64,), head=(), size=96),
+
+    "dinov2_vits14": dinov2("dinov2_vits14", 384),
+    "dinov2_vitb14": dinov2("dinov2_vitb14", 768),
 }
 # fmt: on
 OVERFEAT_BYTES = {"overfeat": 578_625_952, "overfeat-fast": 583_683_488}  # whole files
@@ -129,11 +148,13 @@ def dense_rows(rows, factor):
     """The same net on a grid `factor` times finer: strides removed, later rows dilated (section 4).
 
     One pass equals the factor**2 passes over shifted inputs that the paper stitches together.
-    Raises ValueError where factor does not divide the stride.
+    Raises ValueError where factor does not divide the stride, or part of it is a module's.
     """
     stride = geometry(rows)[0]
     if factor < 1 or stride % factor:
         raise ValueError(f"dense {factor}: it must divide the stride, {stride}")
+    if factor > 1 and any(row.kind == "module" for row in rows):
+        raise ValueError(f"dense {factor}: not for this trunk; give a larger --size, --sides")
     remaining, dilation, dense = stride // factor, 1, []
     for row in rows:
         kept = math.gcd(remaining, row.stride)  # the first strides are kept until that is used up
@@ -219,9 +240,12 @@ class Net(nn.Module):
         self.head_rows = [conv(width, kernels[i]) for i, width in enumerate(widths)]
         self.rows = self.spec.rows + self.head_rows
 
-        convs, channels = nn.ModuleList(), 3
+        convs, channels = nn.ModuleList(), 3  # a module counts as one
         for row in self.rows:
-            if row.kind == "conv":
+            if row.kind == "module":
+                convs.append(hub_module(*self.spec.hub[:2]))
+                channels = row.out
+            elif row.kind == "conv":
                 layer = nn.utils.skip_init(nn.Conv2d, channels, row.out, row.kernel)
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
                 nn.init.zeros_(layer.bias)
@@ -232,7 +256,7 @@ class Net(nn.Module):
 
         # The trunk's rows are cut before the first convolution that is trained.
         self.frozen_convs = len(self.trunk) - train_convs if train_convs >= 0 else 0
-        places = [i for i, row in enumerate(self.spec.rows) if row.kind == "conv"]
+        places = [i for i, row in enumerate(self.spec.rows) if row.kind != "pool"]
         cut = [*places, len(self.spec.rows)][self.frozen_convs]
         self.frozen_rows, self.tuned_rows = self.spec.rows[:cut], self.spec.rows[cut:]
         self.trunk[: self.frozen_convs].requires_grad_(False)
@@ -248,6 +272,10 @@ class Net(nn.Module):
                 x = F.max_pool2d(x, row.kernel, row.stride, dilation=row.dilation)
                 continue
             layer = next(convs)
+            if row.kind == "module":
+                h, w = (n // row.stride * row.stride for n in x.shape[2:])
+                x = self.spec.hub[2](layer, x[:, :, :h, :w])
+                continue
             x = F.conv2d(x, layer.weight, layer.bias, row.stride, row.pad, row.dilation)
             if layer is not self.head[-1]:  # Eq. 1: nothing after the last
                 x = F.dropout(F.relu_(x), dropout)
@@ -312,6 +340,17 @@ def upsample(scores, size, step, offset, seen=None):
 
 
 # ---------------------------------------------------------------- weights of the public trunks
+def hub_module(repository, name):
+    """A network of torch.hub, whose code runs here, without weights. Raises OSError."""
+    try:
+        return torch.hub.load(
+            repository, name, pretrained=False, trust_repo=True, verbose=False
+        ).eval()
+    except Exception as e:  # the network's errors, and whatever foreign code raises
+        why = f"no code of torch.hub's {repository} ({e}); needs a network, or a checkout of it"
+        raise OSError(None, why, name) from e
+
+
 def read_overfeat(path, name, params):
     """OverFeat's headerless little-endian float32, weight then bias of each layer, as tensors."""
     sizes, found = [p.numel() for p in params], os.path.getsize(path)
@@ -322,33 +361,42 @@ def read_overfeat(path, name, params):
     return [block.view_as(p) for block, p in zip(torch.from_numpy(values).split(sizes), params)]
 
 
-def read_vgg(path, url):
-    """The tensors features.N.weight and features.N.bias of a state dict, in order."""
+def read_state(path, url, check_hash):
+    """A state dict from a file or, where there is no path, fetched from its public address."""
     options = {"map_location": "cpu", "weights_only": True}
     if path:
-        state = torch.load(path, **options)
-    else:
-        state = torch.hub.load_state_dict_from_url(url, check_hash=True, **options)
+        return torch.load(path, **options)
+    return torch.hub.load_state_dict_from_url(url, check_hash=check_hash, **options)
+
+
+def vgg_tensors(state):
+    """features.N.weight and features.N.bias of a state dict, in order; N counts ReLUs and pools."""
     tensors = []
-    for n in range(99):  # ReLUs and pools are counted too
+    for n in range(99):
         if f"features.{n}.weight" in state:
             tensors += [state[f"features.{n}.weight"], state[f"features.{n}.bias"]]
     return tensors
 
 
 def load_trunk(net, path=""):
-    """Fill the trunk from OverFeat's file or a VGG16 state dict; without a path VGG16's is fetched.
+    """Fill the trunk from OverFeat's file or a state dict; without a path that is fetched.
 
     Raises OSError naming the file, what was found and what was expected.
     """
     name, source, params = net.trunk_name, net.spec.weights, list(net.trunk.parameters())
-    expected = f"expected the {len(params) // 2} convolutions of {name}, given by --weights FILE"
+    expected = f"expected {name}'s {len(params)} tensors, given by --weights FILE"
     if not path and source == "file":
         raise OSError(None, f"no weights; {expected} (README.md, Weights)", name)
     try:
-        blocks = read_overfeat(path, name, params) if source == "file" else read_vgg(path, source)
+        if net.spec.hub:
+            net.trunk[0].load_state_dict(read_state(path, source, check_hash=False))
+            blocks = params
+        elif source == "file":
+            blocks = read_overfeat(path, name, params)
+        else:
+            blocks = vgg_tensors(read_state(path, source, check_hash=True))
         if [b.shape for b in blocks] != [p.shape for p in params]:
-            raise ValueError(f"{len(blocks) // 2} convolutions, or others")
+            raise ValueError(f"{len(blocks)} tensors, or others")
         if not all(b.isfinite().all() for b in blocks):
             raise ValueError("NaN or Inf among its weights")
     except Exception as e:  # torch raises half a dozen kinds, with pages of text
@@ -461,6 +509,8 @@ def has_bfloat16(device):
 
 def rate(function, tensor):
     """Calls of function(tensor) per second; torch's timer warms up and waits for the device."""
+    from torch.utils.benchmark import Timer
+
     names = {"function": function, "tensor": tensor}
     timer = Timer("function(tensor)", globals=names, num_threads=torch.get_num_threads())
     return 1 / timer.blocked_autorange(min_run_time=3).median
@@ -481,6 +531,8 @@ def bench(net, device, gflops, batch=4):
 
 @torch.no_grad()
 def main():
+    from torch.utils.flop_counter import FlopCounterMode
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("trunk", nargs="?", choices=list(TRUNKS), help="its layer table [list all]")
@@ -489,14 +541,16 @@ def main():
         2, f"model.py: {message} (--help lists the options)\n"
     )
     args, device = parser.parse_args(), pick_device()
-    for name in [args.trunk] if args.trunk else TRUNKS:
+    rows_alone = [name for name in TRUNKS if not TRUNKS[name].hub]  # hub's need a network
+    for name in [args.trunk] if args.trunk else rows_alone:
         net = Net(name, ["background"] * 21).to(device).to(memory_format=torch.channels_last).eval()
         size, depth = net.spec.size, len(net.spec.rows)
-        lines = layer_table(net.rows, size)
-        params, gflops = (sum(line[key] for line in lines[:depth]) for key in ("params", "GFLOPs"))
+        with FlopCounterMode(display=False) as counter:
+            net.frozen(torch.zeros(1, 3, size, size, device=device))
+        gflops, lines = counter.get_total_flops() / 1e9, layer_table(net.rows, size)
+        params, head = (sum(p.numel() for p in x.parameters()) for x in (net.trunk, net.head))
         print(f"{name}: stride {lines[-1]['step']}, receptive field {lines[-1]['field']}, trunk "
-              f"{params:,} parameters and {gflops:.1f} GFLOPs at {size}x{size}, head "
-              f"{sum(line['params'] for line in lines[depth:]):,} parameters")  # fmt: skip
+              f"{params:,} parameters and {gflops:.1f} GFLOPs at {size}x{size}, head {head:,}")  # fmt: skip
         if args.trunk:
             print(f"{'':12}", *(f"{column:>10}" for column in COLUMNS))
             for i, line in enumerate(lines):
@@ -507,4 +561,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:
+        sys.exit(f"model.py: {e.filename}: {e.strerror}")

@@ -5,7 +5,6 @@ the paper's numbers, a vector worked by hand, and commands that must end well or
 """
 
 import contextlib
-import errno
 import gc
 import io
 import json
@@ -102,6 +101,7 @@ def refused(command, *words):
     """The one line on stderr, with these words, of a command that has to end with status 2."""
     status, _, err = run(command)
     assert status == 2, command
+    err = re.sub("^left out: .*\n", "", err, flags=re.MULTILINE)  # photographs, each named once
     assert err.count("\n") == 1, err
     for word in words:
         assert word in err, (word, err)
@@ -295,24 +295,14 @@ def test_overfeats_file_gives_the_features_of_a_slow_numpy_net(name):
         assert np.abs(fast[0].numpy() - slow).max() <= 1e-4 * np.abs(slow).max(), layer
 
 
-def test_other_weight_files_are_named():
-    values = random_overfeat("overfeat")
-    assert values.nbytes == 75_665_920
-    values[:-1].tofile("short")
-    values[7] = np.nan
-    values.tofile("nan")
-    Path("fast").touch()
-    os.truncate("fast", SLOW_OVERFEAT["overfeat-fast"][0])
-    net = model.Net("overfeat", ["background", "cat"])
-    for file, why in (
-        ("short", "75,665,916 bytes"),
-        ("nan", "NaN or Inf"),
-        ("fast", "583,683,488 bytes, .*--trunk overfeat-fast"),
-        ("gone", "No such file"),
-    ):
-        with pytest.raises(OSError, match=why) as e:
-            model.load_trunk(net, file)
-        assert e.value.filename == file
+@pytest.mark.parametrize("size, why", [(75_665_916, "75,665,916 bytes"), (75_665_920, "NaN or Inf"),
+                                       (583_683_488, "583,683,488.*--trunk overfeat-fast")])  # fmt: skip
+def test_other_weight_files_are_named(size, why):
+    np.full(9, np.nan, np.float32).tofile("weights")
+    os.truncate("weights", size)
+    with pytest.raises(OSError, match=why) as e:
+        model.load_trunk(model.Net("overfeat", ["background", "cat"]), "weights")
+    assert e.value.filename == "weights"
 
 
 @pytest.mark.parametrize("name, factors", [("overfeat", (2, 3, 12)), ("overfeat-fast", (4, 16)),
@@ -349,51 +339,27 @@ def test_upsampling_is_bilinear_between_cell_centres():
     scores = torch.tensor([[[[0.0, 4.0, 12.0]]]])  # cells on pixels 0.5, 4.5 and 8.5
     want = torch.tensor([0, 0.5, 1.5, 2.5, 3.5, 5, 7, 9, 11, 12, 12, 12])
     assert torch.allclose(model.upsample(scores, (1, 12), 4, 0.5), want)
-
-
-def test_upsampling_reaches_pixels_of_another_resolution():
-    ramp = torch.arange(20.0)  # the net has seen 20 pixels of 40
-    up = model.upsample(ramp.view(1, 1, 1, 20), (1, 40), 1, 0, seen=(1, 20))
+    ramp = torch.arange(20.0).view(1, 1, 1, 20)  # the net has seen 20 pixels of 40
     want = (torch.arange(40.0) / 2 - 0.25).clamp(0, 19)
-    assert torch.allclose(up, want)
-
-
-def test_whole_images_are_scored_with_cells_on_their_pixels():
-    """`dense` at pixel step * i + offset is what the net says of a picture cut out around it."""
-    net = model.Net("tiny", ["background", "cat"], [8]).eval()
-    image = torch.from_numpy(random_image(0, 101, 133).transpose(2, 0, 1).copy())[None]
-    scores, step, offset = net.dense(image)
-    assert (step, offset, scores.shape) == (4, 0, (1, 2, 26, 34))
-    centre = int(model.geometry(net.rows)[2])
-    top, left = 4 * (12 - 3) - centre, 4 * (16 - 3) - centre  # cell 3 of the cut is on (48, 64)
-    cut = image[:, :, top : top + 70, left : left + 70]
-    assert torch.allclose(net(cut)[0, :, 3, 3], scores[0, :, 12, 16], atol=1e-4)
+    assert torch.allclose(model.upsample(ramp, (1, 40), 1, 0, seen=(1, 20)), want)
 
 
 # ---------------------------------------------------------------- aggregation and losses
 @pytest.mark.parametrize("name", model.AGGREGATIONS)
-def test_aggregations_have_right_gradients(name):
+def test_aggregations_have_the_papers_values_and_right_gradients(name):
     f = model.AGGREGATIONS[name]
     scores = torch.randn(2, 3, 5, 7, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: f(s, 5.0), scores)  # finite differences in float64
-    assert torch.allclose(f(scores[:, :, :1, :1], 5.0), scores[:, :, 0, 0])
-
-
-def test_aggregations_have_the_papers_values():
-    scores = torch.randn(2, 3, 5, 7, dtype=torch.double)
-    results = {name: f(scores, 5.0) for name, f in model.AGGREGATIONS.items()}
     for b in range(2):
         for k in range(3):
             cells = scores[b, k].flatten().tolist()
-            mean_exp = sum(math.exp(5 * s) for s in cells) / 35
             want = {
-                "lse": math.log(mean_exp) / 5,  # Eq. 6
+                "lse": math.log(sum(math.exp(5 * s) for s in cells) / 35) / 5,  # Eq. 6
                 "max": max(cells),
                 "mean": sum(cells) / 35,
                 "sum": sum(cells),
             }
-            for name, value in want.items():
-                assert results[name][b, k].item() == pytest.approx(value)
+            assert f(scores, 5.0)[b, k].item() == pytest.approx(want[name])
 
 
 def test_lse_lies_between_mean_and_max_and_never_overflows():
@@ -457,11 +423,6 @@ def test_bfloat16_only_where_the_device_has_it(has, monkeypatch):
 
 
 # ---------------------------------------------------------------- the measure
-def score(folder="pred", more=""):
-    out = ok(f"eval_voc score {folder} --voc VOC2012 --json s.json {more}")
-    return out, json.loads(Path("s.json").read_text())
-
-
 def test_scorer_gives_the_worked_vector():
     """Two images and four classes by hand: the fourth never occurs, until a pixel is called it."""
     truth_a = np.array([[0, 0, 1], [0, 1, 255]], np.uint8)
@@ -503,7 +464,8 @@ def test_truth_scores_100_and_is_packed_as_the_server_wants_it():
     masks = make_voc()
     for i, mask in masks.items():
         data.save_labels(f"pred/{i}.png", np.where(mask == 255, 0, mask))
-    _, report = score()
+    ok("eval_voc score pred --voc VOC2012 --json s.json")
+    report = json.loads(Path("s.json").read_text())
     assert report["mean_iou"] == 100
     assert report["images"] == 4
     assert list(report["iou"]) == data.VOC_CLASSES
@@ -619,15 +581,6 @@ def test_superpixels_are_scikit_images():
         assert np.array_equal(ours, in_raster_order(theirs))
 
 
-def test_superpixels_at_half_resolution_cover_the_image():
-    image = random_image(0, 21, 33)
-    regions = infer.superpixels_at_half(image)
-    half = infer.superpixels(np.asarray(Image.fromarray(image).reduce(2)))
-    for (y, x), region in np.ndenumerate(regions):
-        assert region == half[y // 2, x // 2]
-    assert regions.shape == (21, 33)
-
-
 @pytest.fixture
 def proposals():
     """9 regions (13, 17), 12 random segments of them, of which one is empty, and their scores."""
@@ -635,37 +588,37 @@ def proposals():
     regions = rng.permutation(221).reshape(13, 17) % 9
     segments = rng.random((12, 9)) < 0.3
     segments[0] = False
-    segments[1:, 0] = True
+    segments[1:, 0] = True  # and of which no other is
     return regions, segments, rng.random(12)
 
 
-def test_box_cover_is_the_mean_score_of_the_boxes_around_a_pixel():
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.uniform(-3, 20, (12, 2, 2)), 1)  # some reach beyond the picture
-    boxes, scores = corners.reshape(12, 4), rng.random(12)
-    cover = infer.box_cover(boxes, scores, (13, 17))
-    for (y, x), got in np.ndenumerate(cover):
-        around = []
-        for (x0, y0, x1, y1), s in zip(np.round(boxes), scores):
-            if x0 <= x < x1 and y0 <= y < y1:
-                around.append(s)
-        assert got == pytest.approx(np.mean(around) if around else 0)
+def mean_score_around(y, x, boxes, scores):
+    """Of the boxes that cover a pixel; 0 where none does."""
+    around = []
+    for (x0, y0, x1, y1), s in zip(boxes, scores):
+        if round(x0) <= x < round(x1) and round(y0) <= y < round(y1):
+            around.append(s)
+    return np.mean(around) if around else 0
 
 
-def test_segment_cover_is_the_mean_score_of_the_segments_around_a_pixel(proposals):
+def test_covers_are_mean_scores_of_what_covers_a_pixel(proposals):
     regions, segments, scores = proposals
-    cover = infer.segment_cover(segments, scores, regions)
-    for (y, x), got in np.ndenumerate(cover):
-        around = [s for segment, s in zip(segments, scores) if segment[regions[y, x]]]
-        assert got == pytest.approx(np.mean(around) if around else 0)
+    corners = np.sort(np.random.default_rng(0).uniform(-3, 20, (12, 2, 2)), 1)
+    boxes = corners.reshape(12, 4)  # some reach beyond the picture
+    by_box = infer.box_cover(boxes, scores, regions.shape)
+    by_segment = infer.segment_cover(segments, scores, regions)
+    for y, x in np.ndindex(regions.shape):
+        assert by_box[y, x] == pytest.approx(mean_score_around(y, x, boxes, scores))
+        around = scores[segments[:, regions[y, x]]]
+        assert by_segment[y, x] == pytest.approx(around.mean() if len(around) else 0)
 
 
 def test_boxes_of_segments_are_tight(proposals):
     regions, segments, _ = proposals
     boxes = infer.boxes_of(segments, regions)
-    for segment, box in list(zip(segments, boxes))[1:]:  # the first is empty
-        y, x = np.nonzero(segment[regions])
-        assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+    for n in range(1, len(segments)):  # the first is empty
+        y, x = np.nonzero(segments[n][regions])
+        assert boxes[n].tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
 
 def mcg_content(regions, segments, scores):
@@ -816,16 +769,13 @@ def bright_object():
     return image
 
 
-def test_our_proposals_find_a_bright_object(bright_object):
+def test_our_own_priors_find_a_bright_object(bright_object):
     scene = infer.Scene(bright_object)
     for objectness in (scene.bb, scene.seg, infer.saliency(bright_object)):
         assert objectness[4, 4] < 0.4
         assert objectness[40, 52] > 0.6
-
-
-def test_refine_finds_a_bright_object_from_scores_that_know_nothing(bright_object):
-    p = np.full((2, 80, 100), 0.5, np.float32)
-    labels = infer.refine(p, bright_object, infer.superpixels_at_half(bright_object)).argmax(0)
+    nothing_known = np.full((2, 80, 100), 0.5, np.float32)
+    labels = infer.refine(nothing_known, bright_object, scene.regions).argmax(0)
     assert (labels == (bright_object[..., 0] > 100)).mean() > 0.95
 
 
@@ -904,9 +854,7 @@ def test_photographs_of_every_mode_are_read():
         got = data.load_image(file)
         assert np.abs(got.astype(int) - ramp).mean() < 12, file
 
-
-def test_transparency_is_white():
-    ramp = ramp_image()
+    # What is transparent shows white.
     alpha = np.zeros((40, 30, 1), np.uint8)
     alpha[:20] = 255
     Image.fromarray(np.concatenate([ramp, alpha], 2)).save("a.png")
@@ -968,8 +916,7 @@ def test_broken_photographs_are_left_out_and_named_once():
     refused("infer o/ckpt.pt photos --out l", "1 of 4 images", "photos/1.png")
     assert sorted(p.name for p in Path("l").glob("?.png")) == ["0.png", "2.png", "3.png"]
 
-
-def test_too_many_broken_photographs_stop_a_run():
+    # More than 1 % of 100 or more end the run.
     photos = data.tagged([f"{n}.png" for n in range(200)], [{1}] * 200, ["background", "cat"])
     known = {}
     data.note_broken(photos, {3: "3.png: cut", 5: "5.png: cut"}, known)
@@ -1003,28 +950,728 @@ def test_augmentation_flips_brightens_and_raises_contrast():
     assert torch.allclose(data.augment(image, draws), want, atol=1e-2)
 
 
-def test_toy_images_hold_their_tags_alone():
-    tags, images, masks = data.toy_drawn(3, 60)
+def test_toy_images_hold_their_tags_alone_and_scenes_more():
+    tags, _, masks = data.toy_drawn(3, 60)
     assert 5 <= tags.count(set()) <= 20
-    for present, image, mask in zip(tags, images, masks):
+    for present, mask in zip(tags, masks):
         assert set(np.unique(mask)) == {0} | present
-        assert image.shape == (96, 96, 3)
-
-
-def test_toy_scenes_hold_one_or_two_classes_and_are_no_training_images():
     scenes = data.toy_scenes(3, 12)
     assert {len(np.unique(labels)) for _, _, labels in scenes} == {2, 3}
-    drawn = data.toy_drawn(3, 12, size=144)[1]
-    for _, image, _ in scenes:
-        assert not any(np.array_equal(image, other) for other in drawn)
 
 
-def test_every_epoch_sees_every_image_once():
-    s = train.Settings(batch=4)
-    keys = []
-    for step in range(6):
-        keys += train.batch_keys(s, 12, step)
-    first = [i for i, _ in keys[:12]]
-    second = [i for i, _ in keys[12:]]
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
+# ---------------------------------------------------------------- labels under the score map's cells
+SIZES = [("overfeat", 400), ("overfeat", 353), ("vgg16", 288), ("vgg16", 333), ("tiny", 97)]
+
+
+def places_of_cells(net, size):
+    """The middle of each cell's field along a side of `size` pixels: a slow loop, not `geometry`."""
+    cells = model.out_size(size, net.rows)
+    return np.array([middle_of_field(net.rows, cell) for cell in range(cells)])
+
+
+@pytest.mark.parametrize("trunk, size", SIZES)
+def test_cells_learn_the_labels_of_the_pixels_that_they_see(trunk, size):
+    """Fault 21: a map that holds at every pixel its own column (or row), at another resolution."""
+    net = model.Net(trunk, ["background", "cat"], (2,))
+    columns = np.tile(np.arange(250, dtype=np.uint8), (180, 1))  # (180, 250)
+    rows = np.tile(np.arange(180, dtype=np.uint8)[:, None], (1, 250))
+    places = places_of_cells(net, size)
+    want_x = (places + 0.5) * 250 / size - 0.5
+    want_y = (places + 0.5) * 180 / size - 0.5
+    got_x = train.at_cells(net, size, columns)
+    got_y = train.at_cells(net, size, rows)
+    assert got_x.shape == got_y.shape == (len(places), len(places))
+    assert np.abs(got_x.astype(float) - want_x).max() <= 0.51
+    assert np.abs(got_y.astype(float) - want_y[:, None]).max() <= 0.51
+
+
+@pytest.mark.parametrize("trunk, size", SIZES)
+def test_own_labels_change_where_the_scores_do(trunk, size, monkeypatch):
+    """A stub net is sure of a cat to the right of x = size / 3: so say the labels of the photograph
+    (twice as wide as high) and those that the cells learn."""
+    net = model.Net(trunk, ["background", "cat"], (2,))
+    places = places_of_cells(net, size)
+    ramp = torch.tensor(places - size / 3).float().expand(1, 1, len(places), len(places))
+    scores = torch.cat([torch.zeros_like(ramp), ramp], 1)
+    monkeypatch.setattr(net, "scores", lambda features: scores)
+
+    labels = []
+
+    def without_smoothing(p, present, image, regions, sure):
+        labels.append(p.argmax(0).astype(np.uint8))
+        return labels[0]
+
+    monkeypatch.setattr(infer, "labels_from_tags", without_smoothing)
+    photos = data.tagged([random_image(0, size, 2 * size)], [{1}], net.classes)
+    photos.features, photos.rows = np.zeros((1, 1, 1, 1), np.float16), [0]
+    cells = train.own_labels(net, photos, train.Settings(size=size), torch.device("cpu"))
+    in_photo = (np.arange(size) + 0.5) * size / labels[0].shape[1] - 0.5  # of each column
+    assert np.array_equal(labels[0], np.tile(in_photo > size / 3, (len(labels[0]), 1)))
+    assert np.array_equal(cells[0], np.tile(places > size / 3, (len(places), 1)))
+
+
+# ---------------------------------------------------------------- the feature cache
+def cached(net, photos, **changed):
+    settings = {"trunk": "tiny", "size": 32, "cache": "c", **changed}
+    return train.cached(net, photos, train.Settings(**settings), torch.device("cpu"))
+
+
+def test_cached_features_are_the_trunks():
+    make_folder()
+    net = model.Net("tiny", ["background", "cat", "dog"])
+    photos = data.folder_photos("photos", "tags.csv")
+    photos.size = 32
+    pixels = torch.stack([photos[i, 0.5][1] for i in range(4)])
+    want = net.frozen(pixels).numpy()
+    with_features = cached(net, photos)
+    for i in range(4):
+        i_again, plain, _ = with_features[i, 0.1]
+        _, mirrored, _ = with_features[i, 0.9]
+        assert i_again == i
+        assert np.allclose(plain, want[i], atol=2e-3 * want.max())
+        assert torch.equal(mirrored, plain.flip(-1))
+
+
+def test_cache_knows_photographs_by_their_content():
+    """Fault 4: the same names in another project, and a photograph that has been replaced."""
+    net = model.Net("tiny", ["background", "cat"])
+    features = []
+    for folder, seed in (("one", 0), ("two", 1), ("one", 2)):
+        save_photo(f"{folder}/images/0.png", seed)
+        photos = data.tagged([f"{folder}/images/0.png"], [{1}], net.classes)
+        photos.size = 32
+        features.append(np.array(cached(net, photos).features))
+        again = cached(net, photos).features
+        assert np.array_equal(features[-1], again)
+    assert not np.array_equal(features[0], features[1])
+    assert not np.array_equal(features[0], features[2])
+    assert len(list(Path("c").glob("*.npy"))) == 3
+
+    # So does it know other weights and another precision.
+    net.trunk[0].bias.data += 1
+    assert not np.array_equal(cached(net, photos).features, features[2])
+    net.amp = True
+    cached(net, photos)
+    assert len(list(Path("c").glob("*.npy"))) == 5
+
+
+def test_a_full_disk_is_refused_before_the_work(monkeypatch):
+    make_folder()
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refused(FOLDER, "o/cache", "are needed", "make room")
+    assert not list(Path("o/cache").iterdir())
+
+
+@pytest.mark.parametrize("command, file, room", [
+    (FOLDER, "o/cache/", 9_000),
+    (f"{TOY} --steps 2 --out o", "o/ckpt.pt", 50_000),
+])  # fmt: skip
+def test_a_disk_that_fills_meanwhile_leaves_nothing_half_written(command, file, room):
+    """Fault 6, for the cache and for the checkpoint: the system refuses to let a file grow."""
+    resource = pytest.importorskip("resource", reason="no resource limits on this system")
+    make_folder()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        refused(command, file, "make room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = {path.name for path in Path("o").rglob("*") if path.is_file()}
+    assert left <= {"settings.json", "log.csv", ".lock"}
+    ok(command)
+
+
+@pytest.mark.parametrize("cache", ["c", "no"])
+def test_a_loader_process_that_dies_is_one_line(cache, monkeypatch):
+    """Fault 7, for the cache and for the loop."""
+    load_image = data.load_image
+
+    def dies(path, near=None):
+        if torch.utils.data.get_worker_info():
+            os._exit(1)
+        return load_image(path, near)
+
+    monkeypatch.setattr(data, "load_image", dies)
+    make_folder()
+    refused(f"{FOLDER} --workers 1 --cache {cache}", "--workers 1", "/dev/shm", "--workers 0")
+
+
+def test_loader_processes_get_no_copy_of_the_cache(monkeypatch):
+    """Fault 24: with cached features there are none, whatever --workers says."""
+    make_folder()
+    ok(FOLDER)
+    loader = "torch.utils.data.DataLoader"
+    with mock.patch(loader, wraps=torch.utils.data.DataLoader) as loaders:
+        ok(f"{FOLDER} --workers 2")
+    assert {call.kwargs["num_workers"] for call in loaders.call_args_list} == {0}
+
+
+# ---------------------------------------------------------------- tags and lists
+def test_tags_of_a_folder():
+    make_folder(["file,tags", "0.png,dog", "1.png,cat;dog", "2.png,", "3.png,background"])
+    photos = data.folder_photos("photos", "tags.csv")
+    assert photos.classes == ["background", "cat", "dog"]
+    assert photos.tags.tolist() == [[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("rows, tags", [
+    (["0.png,Background", "1.png,cat", "2.png,BACKGROUND;cat"], [{0}, {1}, {1}]),  # fault 9
+    (["0.png,dog", "./0.png,cat", "1.png,"], [{1, 2}, {0}]),  # fault 10
+    (["0.png,sea lion", "1.png,sea \t lion", "2.png,sea\u00a0lion "], [{1}] * 3),  # fault 11
+    (["0.png,caf\u00e9", "1.png,cafe\u0301", "2.png,caf\u00e9;"], [{1}] * 3),
+])  # fmt: skip
+def test_one_meaning_is_one_class(rows, tags):
+    make_folder(rows)
+    photos = data.folder_photos("photos", "tags.csv")
+    assert [set(np.flatnonzero(row)) for row in photos.tags] == tags
+
+
+def test_photographs_without_background_are_warned_of():
+    """Fault 13, and what a run says of its photographs before it starts."""
+    make_folder()
+    out = ok(FOLDER)
+    assert "4 images, 3 with objects, 1 of background alone" in out
+    assert "background 1, cat 2, dog 2" in out
+    assert "warning" not in out
+    make_folder(["0.png,cat", "1.png,dog", "0.png,dog"])
+    out = ok(FOLDER)
+    assert "warning: no photograph without objects" in out
+    assert "tags.csv: 1 rows name a file again" in out
+
+
+@pytest.mark.parametrize("line", ["{i}", "JPEGImages/{i}.jpg SegmentationClass/{i}.png",
+                                  "/JPEGImages/{i}.jpg", "img/{i}.jpg"])  # fmt: skip
+def test_lists_of_ids_and_of_paths_name_the_same_images(line):
+    write("VOC/ImageSets/Segmentation/val.txt", f"{line.format(i='2007_000033')}\n\n")
+    assert data.voc_ids("VOC", "val") == ["2007_000033"]
+
+
+def test_voc_tags_are_mains_else_the_annotations():
+    make_voc()
+    write("VOC2012/ImageSets/Main/val.txt", "val_0\n2007_1")
+    write("VOC2012/ImageSets/Main/cat_val.txt", "val_0  1\nval_1 -1\nval_2 0\nval_3 -1")
+    thing = "<object><name>{}</name><part><name>head</name></part></object>"
+    xml = f"<annotation>{thing.format('person')}{thing.format('dog')}</annotation>"
+    write("VOC2012/Annotations/2007_1.xml", xml)
+    assert data.voc_tags("VOC2012", "val")["val_2"][1] == {8}  # only as a difficult object
+    photos = data.voc_photos("VOC2012", "val")
+    assert np.flatnonzero(photos.tags[1]).tolist() == [12, 15]
+
+
+def test_synsets_are_those_of_ilsvrc_that_are_clear():
+    """788 of its 1,000 have a class or are background; photographs of others may show a class."""
+    rows = data.read_rows(data.SYNSETS, "synsets", columns=2)
+    table = dict(rows)
+    assert len(table) == 788
+    assert set(table.values()) == set(data.VOC_CLASSES)
+    for name, count in (("dog", 118), ("bird", 59), ("cat", 5), ("background", 551)):
+        assert list(table.values()).count(name) == count
+    assert table["n02123045"] == "cat"
+    assert table["n04344873"] == "sofa"
+    assert "n01440764" not in table  # a tench, mostly held by a person
+
+
+# ---------------------------------------------------------------- masks
+MASKED = f"{FOLDER} --masks masks --cache no --no-jitter"
+
+
+def make_masks():
+    """masks/0.png ...: the tags of make_folder's photographs on the left, void at the border."""
+    make_folder()
+    for n, k in enumerate((1, 2, 2)):
+        mask = np.zeros((24, 30), np.uint8)
+        mask[:, :15] = k
+        mask[0] = 255
+        data.save_labels(f"masks/{n}.png", mask)
+
+
+def test_masks_are_counted_whatever_their_ending():
+    """Fault 18: .PNG is a mask; a photograph of background alone needs none; others are left out."""
+    make_masks()
+    Path("masks/1.png").rename("masks/1.PNG")
+    Path("masks/2.png").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying; the mask is of the upright photograph
+    Image.fromarray(random_image(0, 30, 24)).save("photos/0.png", exif=exif)
+    out = ok(MASKED)
+    assert "2 of 4 photographs have a mask, 1 others are background alone, 1 left out" in out
+
+
+def test_weak_training_and_inference_open_no_mask():
+    """Every file that Python opens is recorded; with --masks the record shows them, so it can fail."""
+
+    def opened(folder, *commands):
+        OPENED.clear()
+        for command in commands:
+            ok(command)
+        return any(folder in path for path in OPENED)
+
+    masks = make_voc()
+    save_vgg("vgg.pth")
+    weak = (
+        "train voc --voc VOC2012 --set val --weights vgg.pth --steps 2 --size 64 --head 8"
+        " --batch 2 --threshold-images 2 --device cpu"
+    )
+    label = "infer o/ckpt.pt --voc VOC2012 --set val --out p --prior refine"
+    rounds = "--self-steps 2 --self-rounds 1 --out o"
+    assert not opened("SegmentationClass", f"{weak} {rounds}", label)
+    assert any("JPEGImages" in path for path in OPENED)
+    assert sorted(path.stem for path in Path("p").iterdir()) == sorted(masks)
+    assert opened("SegmentationClass", f"{weak} --masks VOC2012/SegmentationClass --out strong")
+
+    # The ladder has all the rungs, and the published form of a model says nothing of its maker.
+    out = ok("eval_voc ladder o/head.pt --voc VOC2012 --weights vgg.pth --json l.json")
+    rows = json.loads(Path("l.json").read_text())["rows"]
+    assert list(rows) == ["base", "ilp", "ilp+sppxl", "ilp+bb", "ilp+seg", "ilp+refine"]
+    assert "paper, val" in out
+    assert b"VOC2012" not in Path("o/head.pt").read_bytes()
+
+
+# ---------------------------------------------------------------- runs and their folders
+def test_a_new_run_moves_the_earlier_one_aside():
+    """Faults 1 and 3: nothing is lost, and labels of its own making are not learned again."""
+    again = f"{FOLDER} --self-steps 2 --self-rounds 1"
+    make_folder()
+    ok(again)
+    first = Path("o/ckpt.pt").read_bytes()
+    write("tags.csv", "0.png,cat\n1.png,\n2.png,\n3.png,")  # a class fewer, too
+    assert "the run that was there is now in o.1" in ok(again)
+    assert Path("o.1/ckpt.pt").read_bytes() == first
+    labels = np.load("o/self1.npy")
+    assert set(np.unique(labels[1:])) <= {0, 255}
+    assert "is now in o.2" in ok(again)
+    assert Path("o.1/ckpt.pt").read_bytes() == first
+
+
+def test_a_run_that_was_refused_leaves_the_earlier_one_in_place():
+    ok(f"{TOY} --steps 2 --out o")
+    before = Path("o/ckpt.pt").read_bytes()
+    for wrong in ("--lo 3", "--steps x", "--batch 0", "--trunk overfeat"):
+        refused(f"{TOY} --steps 2 --out o {wrong}")
+    assert Path("o/ckpt.pt").read_bytes() == before
+
+
+def test_two_live_runs_never_share_a_folder():
+    """Fault 2, and its sibling: resuming a run that is still alive."""
+    ok(f"{TOY} --steps 2 --out o")
+    lock = train.claim(Path("o"), resume=True)
+    for more in ("", "--resume"):
+        refused(f"{TOY} --steps 4 --out o {more}", "o: another run writes there", "--out")
+    lock.close()
+    ok(f"{TOY} --steps 4 --out o --resume")
+
+
+@pytest.mark.parametrize("first, then", [(True, False), (False, True)])
+def test_a_run_goes_on_at_another_precision(first, then, monkeypatch):
+    """Fault 5: a checkpoint of a machine with bfloat16 on one without, and back; the cache follows."""
+    make_folder()
+    monkeypatch.setattr(model, "has_bfloat16", lambda device: first)
+    ok(f"{FOLDER} --amp")
+    monkeypatch.setattr(model, "has_bfloat16", lambda device: then)
+    for amp in ("--amp", ""):
+        out = ok(f"{FOLDER} --steps 4 {amp} --resume")
+        assert ("in bfloat16" in out) == then
+
+
+def test_resuming_with_other_tags_or_settings_is_refused():
+    make_folder()
+    ok(FOLDER)
+    refused(f"{FOLDER} --resume --r 3 --seed 5", "r was 5.0 and is 3.0", "seed was 0 and is 5")
+    write("tags.csv", "0.png,cat\n1.png,dog\n2.png,cat\n3.png,")
+    refused(f"{FOLDER} --resume", "o/ckpt.pt", "photos", "give the former")
+    refused(f"{FOLDER.replace('out o', 'out gone')} --resume", "gone/ckpt.pt", "no checkpoint")
+    assert not Path("gone").exists()
+
+
+def test_a_head_is_refused_on_other_trunk_weights():
+    """Fault 8; half-precision copies of the same weights are the same trunk."""
+    make_voc()
+    state = save_vgg("vgg.pth")
+    torch.save({name: tensor.half() for name, tensor in state.items()}, "half.pth")
+    save_vgg("other.pth", seed=1)
+    voc = f"train voc {SMALL} --trunk vgg16 --size 64 --voc VOC2012 --set val --out o"
+    ok(f"{voc} --weights vgg.pth")
+    label = "infer o/ckpt.pt VOC2012/JPEGImages/val_0.jpg --out l"
+    ok(f"{label} --weights half.pth")
+    ok(f"{voc} --weights half.pth --steps 4 --resume")
+    refused(f"{label} --weights other.pth", "o/ckpt.pt", "other trunk weights", "--weights FILE")
+    refused(f"{voc} --weights other.pth --steps 6 --resume", "o/ckpt.pt", "other trunk weights")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    ok(f"{TOY} --steps 2 --out o --optimizer sgd")
+    command = f"{TOY} --steps 9 --lr 1e30 --optimizer sgd --out bad"
+    refused(command, "bad: the loss is not finite", "lower --lr")
+    assert not Path("bad/ckpt.pt").exists()
+
+
+def outcome(folder):
+    """What equal runs have in common: log.csv but for its times, all weights and moments."""
+    ckpt = model.read_checkpoint(f"{folder}/ckpt.pt")
+    tensors = dict(ckpt["model"])
+    for i, moments in ckpt["optimizer"]["state"].items():
+        for name, value in moments.items():
+            tensors[f"{i} {name}"] = value
+    hashes = {}
+    for name, value in tensors.items():
+        hashes[name] = hash(torch.as_tensor(value).numpy().tobytes())
+    lines = Path(folder, "log.csv").read_text().splitlines()
+    return [line.split(",")[:4] for line in lines], hashes
+
+
+def test_a_killed_run_resumes_bit_exact():
+    """SIGKILL at random moments (KILLS=20 for more): a whole checkpoint each time, the same end."""
+    args = f"{TOY} --out"
+    ok(f"{args} whole --steps 60")
+    ok(f"{args} killed --steps 2")
+    assert outcome("whole") != outcome("killed")
+    rng = np.random.default_rng()
+    for _ in range(int(os.environ.get("KILLS", "3"))):
+        command = [sys.executable, HERE / "train.py", *f"{args} killed --steps 60".split()[1:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        going = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, text=True,
+                                 env=environment)  # fmt: skip
+        for line in going.stdout:
+            if "images/s" in line:  # the log's heading: training starts
+                break
+        time.sleep(rng.uniform(0.02, 0.5))
+        going.kill()
+        going.communicate()
+        assert model.read_checkpoint("killed/ckpt.pt")["step"] >= 2
+    with open("killed/log.csv", "a") as file:
+        file.write("99,20,0.1,0.1,1\nhalf a l\0")  # written after the last checkpoint
+    for workers in (0, 2):  # the second time there is nothing left to do
+        ok(f"{args} killed --steps 60 --resume --workers {workers}")
+        assert outcome("whole") == outcome("killed")
+
+
+def torchrun(file, arguments=""):
+    """Two processes on this machine; stderr, empty if all went well."""
+    launcher = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2"
+    command = [sys.executable, *launcher.split(), str(file), *arguments.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done.stderr if done.returncode else ""
+
+
+@pytest.mark.parametrize("kind", ["tags", "labels"])
+def test_two_processes_train_as_one(kind):
+    """Fault 25: equal losses over 20 steps, where masks have more void in one image than in another;
+    the second time the two are stopped at step 8 and resumed."""
+    write("join.py", "import os, torch.distributed as d\n"
+          "os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')\n"
+          "d.init_process_group('gloo')\nd.barrier()\nos._exit(0)\n")  # fmt: skip
+    if kind == "tags":
+        why = torchrun("join.py")
+        if why:  # some sandboxes allow no sockets
+            pytest.skip(f"torch cannot join two processes here: {why[-500:]}")
+    make_masks()
+    for n in range(3):
+        mask = data.read_labels(f"masks/{n}.png").copy()
+        mask[: 6 * n] = 255
+        data.save_labels(f"masks/{n}.png", mask)
+    same = "--steps 20 --log-every 1 --dropout 0 --optimizer sgd --lr 0.01"
+    command = f"{MASKED if kind == 'labels' else FOLDER} {same} --out"
+    ok(f"{command} one")
+    parts = [f"{command} two"]
+    if kind == "labels":
+        parts = [f"{command} two --steps 8 --schedule steps", f"{command} two --resume"]
+        parts = [f"{part} --schedule steps" for part in parts]
+        ok(f"{command} one --schedule steps")
+    for part in parts:
+        assert torchrun(HERE / "train.py", part.partition(" ")[2]) == ""
+    one = [float(row[2]) for row in outcome("one")[0][1:]]
+    two = [float(row[2]) for row in outcome("two")[0][1:]]
+    assert len(one) == len(two) == 20
+    assert np.abs(np.subtract(one, two)).max() < 1e-5
+    assert one[0] - one[-1] > 1e-3  # there is something to compare
+
+
+# ---------------------------------------------------------------- options
+def test_settings_of_the_paper_preset_are_the_papers():
+    paper = train.parse(["paper", "--imagenet", "."])[1]
+    assert (paper.lr, paper.momentum, paper.weight_decay) == (1e-3, 0.9, 5e-5)
+    assert (paper.batch, paper.dropout, paper.r, paper.size) == (16, 0.5, 5, 400)
+    assert (paper.optimizer, paper.schedule, paper.train_convs) == ("sgd", "steps", 0)
+    stage = train.Stage(0, 10**6, 0)
+    for step, factor in ((312_499, 1), (312_500, 0.8), (625_000, 0.64)):
+        assert train.schedule(paper, step, stage) == pytest.approx(factor)
+
+
+def test_every_setting_has_its_help():
+    out = ok("train --help")
+    for name in train.Settings.__dataclass_fields__:
+        assert train.flag(name) in out
+
+
+@pytest.fixture
+def toy_run():
+    """out/toy, a finished run, and a photograph to label."""
+    ok(f"{TOY} --steps 2 --out out/toy")
+    save_photo("photo.png", 0, 60, 80)
+
+
+def test_options_are_obeyed_in_the_panel(toy_run):
+    """Fault 20: the panel shows the prior and the form of Eq. 7 that were asked for."""
+    pictures = set()
+    for more in ("", "--no-ilp", "--ilp-form all", "--prior sppxl", "--prior bb", "--prior seg"):
+        ok(f"infer out/toy/ckpt.pt photo.png --panel p.png {more}")
+        pictures.add(Path("p.png").read_bytes())
+    assert len(pictures) == 6
+
+
+def test_bb_and_seg_wait_for_their_thresholds(toy_run):
+    """Fault 20: a checkpoint of a run that has not ended has none."""
+    ckpt = model.read_checkpoint("out/toy/ckpt.pt")
+    torch.save({**ckpt, "thresholds": {}}, "early.pt")
+    ok("infer early.pt photo.png --prior sppxl")
+    for prior in ("bb", "seg"):
+        refused(f"infer early.pt photo.png --prior {prior}", "early.pt", "--resume")
+
+
+def test_labels_never_replace_a_photograph_or_each_other(toy_run):
+    save_photo("a/x.png")
+    save_photo("b/x.png")
+    refused("infer out/toy/ckpt.pt a b --out l", "a/x.png", "b/x.png")
+    refused("infer out/toy/ckpt.pt photo.png --out .", "photo.png", "--out")
+    refused("infer out/toy/ckpt.pt photo.png photo.png --out l", "photo.png")
+
+
+# ---------------------------------------------------------------- malformed files and flags
+class Evil:
+    """What writes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def as_bytes(save, *content):
+    """What save(file, *content) writes."""
+    buffer = io.BytesIO()
+    save(buffer, *content)
+    return buffer.getvalue()
+
+
+def saved(content):
+    return as_bytes(lambda file: torch.save(content, file))
+
+
+def png(array, colour=None):
+    """An array as a PNG, grey or RGB; colour: of all 256 entries of its palette."""
+    image = Image.fromarray(array)
+    if colour:
+        image.putpalette(colour * 256)
+    return as_bytes(image.save, "png")
+
+
+LABEL = "infer toy.pt photo.png --device cpu --out out"
+SCORE = "eval_voc score masks --voc VOC --set b --json out"
+LADDER = "eval_voc ladder toy.pt --voc VOC --set b --json out"
+SUBMIT = "eval_voc submit masks --voc VOC --set b --out out"
+VOC = f"train voc {SMALL} --voc VOC --set b --out out"
+CSV = f"train folder {SMALL} --images VOC/JPEGImages --tags t.csv --out out"
+PAPER = f"train paper {SMALL} --imagenet . --synsets s.csv --out out"
+
+
+def malformed_files():
+    """(command, the file that it reads, wrong contents of it)."""
+    cache = next(Path("run/cache").glob("*.npy"))
+    arrays = [as_bytes(np.save, np.ones(3)), as_bytes(np.save, np.array([Evil()]))]
+    yield f"{VOC} --cache run/cache", str(cache), [b"", cache.read_bytes()[:-9], *arrays]
+    yield f"{VOC} --cache run/cache", str(cache.with_suffix(".json")), [b"", b"3", b'["x"]']
+
+    picture = png(random_image(0, 24, 30))
+    bomb = picture[:16] + bytes([0, 0, 120, 99]) * 2 + picture[24:]  # 30,819 x 30,819 pixels
+    broken = [b"", b"hello", picture[:60], picture[:-99], bomb]
+    yield LABEL.replace("photo", "x"), "x.png", broken
+    yield VOC, "VOC/JPEGImages/b.jpg", broken
+
+    # Faults 16, 17 and 19: 255 for objects, none, another size, other colours; class 12 is right.
+    plain = np.full((24, 30), 12, np.uint8)
+    void, empty, above = png(plain + 243), png(plain * 0), png(plain + 65)
+    turned, colours, deep = png(plain.T), png(plain, [9, 8, 7]), png(plain.astype(np.uint16))
+    masks = [b"", picture, above, turned, colours, deep]
+    yield f"{VOC} --masks masks --no-jitter --cache no", "masks", [void, empty, png(plain - 1)]
+    yield f"{VOC} --masks masks --no-jitter --cache no", "masks/b.png", masks
+    yield SCORE, "masks/b.png", [*masks, void]
+    yield SUBMIT, "masks/b.png", [*masks, void, empty]
+    yield LADDER, "VOC/SegmentationClass/b.png", masks
+    yield SCORE, "object", [void, empty]
+
+    # Faults 11 and 12: several names in one, other spellings.
+    rows = [b"", b"b.jpg", b"b.jpg,cat,dog", b"no.jpg,cat", b"../../x.jpg,cat", b"\xff", b"b.jpg,"]
+    names = [b'b.jpg,"dog,cat"', b"b.jpg,[dog]", b"b.jpg,dog|cat", b"b.jpg,Dog;dog"]
+    yield CSV, "t.csv", rows + names
+    ids = [b"", b"..", b"a\na", b"a\0b", b"\xff"]
+    yield f"{VOC} --set bad", "VOC/ImageSets/Main/bad.txt", ids
+    yield VOC, "VOC/ImageSets/Main/cat_b.txt", [b"b 7", b"b", b"c 1"]
+    xmls = [b"", b"<annotation>", b"<a/>"]
+    for name in (b"helmet", b"Person", b"tv monitor", b""):
+        xmls.append(b"<annotation><object><name>" + name + b"</name></object></annotation>")
+    yield f"{VOC} --set new", "VOC/Annotations/new.xml", xmls
+    yield PAPER, "s.csv", [b"", b"n1", b"n1,emu", b"\0"]
+
+    toy, whole = model.read_checkpoint("toy.pt"), Path("toy.pt").read_bytes()
+    nan = {**toy["model"], "head.0.bias": toy["model"]["head.0.bias"] * math.nan}
+    checkpoints = [b"", b"hello", whole[:-100], saved([1])]
+    for change in ({"format": 1}, {"format": Evil()}, {"classes": 3}, {"settings": {}},
+                   {"model": {}}, {"model": nan}):  # fmt: skip
+        checkpoints.append(saved({**toy, **change}))
+    yield LABEL.replace("toy", "bad"), "bad.pt", checkpoints
+    yield f"{VOC} --out run --resume --steps 4", "run/ckpt.pt", checkpoints
+    weights = [b"", b"hello", saved([Evil()]), saved({"features.0.weight": 1}), saved({})]
+    yield f"{VOC} --trunk vgg16 --size 96 --weights w.pt", "w.pt", weights
+
+    mat = mcg_content(np.zeros((24, 30), int), np.ones((1, 1), bool), np.ones((1, 1)))
+    mats = [b"", b"hello"]
+    for name, value in (("scores", "x"), ("scores", np.ones((2, 1))), ("superpixels", plain[1:])):
+        mats.append(as_bytes(scipy.io.savemat, {**mat, name: value}))
+    yield f"{LABEL} --prior seg --mcg .", "photo.mat", mats
+    boxes = [b"", b"1 2 3 4", b"1 2 3 4 x", b"1 2 3 4 nan", b"\xff"]
+    yield f"{LABEL} --prior bb --boxes .", "photo.txt", boxes
+
+
+# Values that are wrong and, of fault 20, options that would do nothing.
+WRONG_FLAGS = {
+    f"{TOY} --out out": "--batch 0|--lr nan|--lr -1|--dropout 2|--seed -1|--train-convs 9|--head 0"
+    "|--head x|--kernel ,|--size 4|--dense 3|--device no|--stesp 5|--trunk no|--r 0"
+    "|--save-every 3|--steps 99999999999999999999|--limit 3|--images photos|--balance 2"
+    "|--self-steps 3|--masks photos",
+    VOC: "--self-rounds 2|--toy-images 3|--sure 0.3|--trunk-lr 1|--imagenet .|--synsets x",
+    f"{VOC} --masks masks --no-jitter --cache no": "--self-steps 3",
+    f"{VOC} --aggregation max": "--r 3",
+    LABEL: "--dense 3|--dense -1|--sides 0|--prior no|--device cuda:99|--set|no.jpg|--voc VOC"
+    "|--boxes .|--mcg .|--weights no",
+    LADDER: "--limit -1|--set ../b|--set a/b|--priors no|--json x.png",
+}
+
+
+def malformed_inputs():
+    """(command, word to be in the line) with the wrong content in its place, one after the other."""
+    for command, name, contents in malformed_files():
+        is_word = name in ("masks", "object")  # the line names the folder, or what is missing
+        file = Path(
+            {"masks": "masks/b.png", "object": "VOC/SegmentationClass/b.png"}.get(name, name)
+        )
+        original = file.read_bytes() if file.exists() else None
+        for content in contents:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
+            yield command, name if is_word else file.name
+        if original is None:
+            file.unlink()
+        else:
+            file.write_bytes(original)
+    for command, flags in WRONG_FLAGS.items():
+        for flag in flags.split("|"):
+            yield f"{command} {flag}", re.split("[ =]", flag)[0].strip("-")
+
+
+def test_malformed_inputs_are_refused_in_one_line_and_leave_nothing(tmp_path):
+    """Each names its file or flag; nothing is half written, nothing in a file executed."""
+    make_voc({"b": np.full((24, 30), 12, np.uint8)}, "b", "VOC")
+    data.save_labels("masks/b.png", np.full((24, 30), 12))
+    write("VOC/ImageSets/Main/new.txt", "new")  # its tags are in Annotations
+    for file in ("photo.png", "n1/x.png", "../../x.jpg"):  # the last is outside of the folder
+        save_photo(file)
+    ok(f"{VOC} --out run")
+    shutil.copy("run/ckpt.pt", "toy.pt")
+
+    wrong = []
+    for command, word in malformed_inputs():
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        try:
+            refused(command, word)
+        except BaseException as e:
+            wrong.append(f"{command} [{word}]: {type(e).__name__} {str(e)[:300]}")
+        for path in tmp_path.rglob("*"):
+            begun = path.name in ("settings.json", "log.csv", ".lock") or path.is_dir()
+            if not begun and path.stat().st_mtime_ns != before.get(path):
+                wrong.append(f"{command} [{word}] wrote {path}")
+        shutil.rmtree("out", ignore_errors=True)
+    assert not wrong, "\n".join(wrong)
+
+
+# ---------------------------------------------------------------- the README and what is published
+@needs_shared
+def test_published_head_labels_real_photographs():
+    photos = data.imagenet_photos(SHARED / "data/imagenet-sample")
+    assert len(photos) >= 788
+    voc = SHARED / "data/VOCdevkit/VOC2012"
+    weights = SHARED / "weights/vgg16_features_fp16.pth"
+    head = HERE / "assets/voc.pt"
+    ok(f"eval_voc ladder {head} --voc {voc} --weights {weights} --limit 8 --json l.json")
+    rows = json.loads(Path("l.json").read_text())["rows"]
+    assert rows["ilp+refine"]["mean_iou_defined"] > 35
+
+
+def readme_parts(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_forks_and_lesson_run():
+    """Its diffs, applied to a copy of the scripts, train and label; its lesson runs."""
+
+    def python(*arguments):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for script in HERE.glob("*.py"):
+        shutil.copy(script, ".")
+    for diff in readme_parts("diff"):
+        file = Path(re.search(r"\+\+\+ b/(\S+)", diff)[1])
+        lines = diff.splitlines(keepends=True)[3:]  # after the names and the place
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        new = "".join(line[1:] for line in lines if line[0] != "-")
+        assert file.read_text().count(old) == 1, diff
+        file.write_text(file.read_text().replace(old, new))
+    toy = f"{TOY} --steps 2".split()[1:]
+    out = python("train.py", *toy, "--aggregation", "top10", "--trunk", "wide")
+    assert "ilp+median" in out
+    python("train.py", *toy)
+    assert "speckle" in python("-c", readme_parts("python")[0])
+
+
+def test_the_readmes_commands_run_as_written(monkeypatch):
+    """Every line that starts with `python `, in order, on tiny data that is called as there."""
+    monkeypatch.setattr(model, "rate", lambda function, tensor: 1.0)  # which takes its time
+    for name in ("train", "test", "val"):
+        make_voc(name=name, root="VOCdevkit/VOC2012")
+    for n, wnid in enumerate(("n01443537", "n01484850", "n01491361")):  # fish: background
+        save_photo(f"imagenet/{wnid}/x.JPEG", n, 60, 70)
+    make_folder()
+    for n in range(4):
+        Path(f"photos/{n}.png").rename(f"photos/{n}.jpg")
+    write("tags.csv", "0.jpg,cat\n1.jpg,cat;dog\n2.jpg,dog\n3.jpg,\n")
+    write("synsets.csv", "n01443537,background\n")
+    save_vgg("vgg16_features.pth")
+    Path("net_weight_1").touch()
+    os.truncate("net_weight_1", SLOW_OVERFEAT["overfeat"][0])
+    Path("assets").symlink_to(HERE / "assets")
+
+    photographs = "--size 64 --head 8 --self-rounds 1 --self-steps 1 --batch 4"
+    small = {
+        "voc": photographs,
+        "folder": photographs,
+        "paper": "--batch 1 --head 8 --workers 0 --synsets synsets.csv",
+    }
+    lines = re.findall(
+        r"^python (?!-m)(.*?)(?:  #.*)?$", (HERE / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(lines) >= 10
+    for line in lines:
+        command = line.replace(".py", "", 1)
+        script, first = [*command.split(), "toy"][:2]
+        if script == "train":
+            more = small.get(first, "--toy-images 8 --toy-scenes 1 --batch 4")
+            if "--masks" in command:
+                more = more.replace("--self-rounds 1 --self-steps 1", "")
+            command = f"{command} {more} --steps 1 --threshold-images 1 --device cpu"
+        ok(command)
+    for file in ("results.tgz", "out/toy/scores.json", "out/folder/panel.png"):
+        assert Path(file).exists()
+    weights = model.read_checkpoint("out/paper/ckpt.pt")["model"]
+    assert all(name.startswith("head.") for name in weights)  # OverFeat's licence

@@ -82,7 +82,7 @@ class Settings:
     loss: str = "softmax"  # NAME: of the tags (paper: softmax, Eq. 2)
     dropout: float = 0.5  # P: in the head (paper: 0.5)
     dense: int = 1  # M: labelling: score grid so many times finer than the stride
-    sides: tuple = ()  # N,N: labelling: see images at areas N x N [voc, folder: SIZE,1.5 SIZE]
+    sides: tuple = ()  # N,N: labelling: see images at areas N x N [voc, folder: 11/9 SIZE]
 
     # optimiser
     optimizer: str = "sgd"  # NAME: adam is AdamW (paper: sgd)
@@ -113,8 +113,8 @@ class Settings:
 
 
 # fmt: off
-PHOTOGRAPHS = {"head": (256,), "kernel": (3, 1), "dense": 2, "optimizer": "adam",
-               "schedule": "cosine", "weight_decay": 1e-4, "amp": True}
+PHOTOGRAPHS = {"head": (256,), "kernel": (3, 1), "optimizer": "adam", "schedule": "cosine",
+               "weight_decay": 1e-4, "amp": True}
 PRESETS = {
     "toy": {"trunk": "tiny", "train_convs": -1, "optimizer": "adam", "lr": 2e-3,
             "schedule": "cosine", "weight_decay": 1e-4, "batch": 8, "steps": 2200, "dropout": 0.0,
@@ -321,7 +321,7 @@ def own_labels(net, photos, s, device):
     stride, _, centre = model.geometry(net.rows)
     cells = []
     for i in data.progress(range(len(photos)), "training images labelled"):
-        features = torch.from_numpy(photos.features[photos.rows[i]]).to(device)[None].float()
+        features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
             scores = net.scores(features).float()  # (1, K, h, w)
         image = data.shrink(data.load_image(photos.paths[i], near=s.size), s.size)
@@ -386,7 +386,7 @@ def parse(argv):
 
     photographs = preset in ("voc", "folder")  # whole ones, squashed to size x size
     s.size = s.size or TRUNKS[s.trunk].size
-    s.sides = s.sides or ((s.size, s.size * 3 // 2) if photographs else ())
+    s.sides = s.sides or ((s.size * 11 // 9,) if photographs else ())
     s.cache = s.cache or (f"{s.out}/cache" if photographs and s.train_convs >= 0 else "no")
     s.cache = "" if s.cache == "no" else s.cache
     s.self_steps = 0 if s.masks and "self_steps" not in given else s.self_steps
@@ -408,13 +408,11 @@ def problem(preset, s, given):
                 return f"{flag(name)}: {preset} needs it"
             if other != preset and name in given:
                 return f"{flag(name)}: {preset} does not read it; did you mean  train.py {other}  ?"
-    stride = model.geometry(TRUNKS[s.trunk].rows)[0]
-    convs = sum(row.kind == "conv" for row in TRUNKS[s.trunk].rows)
+    convs = sum(row.kind != "pool" for row in TRUNKS[s.trunk].rows)
     tags_only = not s.self_steps and not s.masks
     # fmt: off
     wrong = {
         f"--train-convs: {s.trunk} has {convs}": not -1 <= s.train_convs <= convs,
-        f"--dense: it must divide the stride of {s.trunk}, {stride}": stride % s.dense,
         f"--save-every: expected a multiple of --log-every, {s.log_every}":
             s.save_every % s.log_every,
         f"--batch: it cannot be shared by {WORLD} processes": s.batch % WORLD,
@@ -437,6 +435,10 @@ def problem(preset, s, given):
     for text, bad in wrong.items():
         if bad:
             return text
+    try:
+        model.dense_rows(TRUNKS[s.trunk].rows, s.dense)
+    except ValueError as e:
+        return f"--{e}"
     for name in given:
         if in_vain.get(name):
             return f"{flag(name)}: does nothing with these settings; leave it out"
@@ -633,7 +635,8 @@ def finish(net, photos, s, scenes):
     data.write_atomically(out / "head.pt", functools.partial(torch.save, head))
 
     if scenes:
-        report, _ = eval_voc.ladder(net, scenes, ckpt["thresholds"])
+        options = {"thresholds": ckpt["thresholds"], "boxes": None, "mcg": None}
+        report, _ = eval_voc.ladder(net, scenes, {**options, "ilp_form": "objects"})
         eval_voc.print_ladder(report)
         data.write_json(out / "scores.json", report)
         samples = [(infer.Scene(image), labels) for _, image, labels in scenes[:6]]
