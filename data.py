@@ -30,13 +30,11 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 VOID = 255
-# fmt: off
 VOC_CLASSES = [
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor",
-]
-# fmt: on
+]  # fmt: skip
 SYNSETS = Path(__file__).resolve().parent / "assets/synsets.csv"  # those of ILSVRC that are clear
 Image.MAX_IMAGE_PIXELS = 250_000_000  # twice this number is a decompression bomb
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a broken photograph is named by us
@@ -66,7 +64,7 @@ def run_cli(main):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError) as e:
+    except (InputError, OSError, argparse.ArgumentTypeError) as e:
         print(f"{Path(sys.argv[0]).name}: {one_line(e)}", file=sys.stderr)
         sys.exit(2)
 
@@ -81,10 +79,9 @@ def one_line(e):
     return message.replace("\n", " ")
 
 
-def progress(items, what, total=None):
+def progress(items, what):
     """Iterate, with a line of done/total, rate and time left on stderr if that is a terminal."""
-    total = total or len(items)
-    start = time.perf_counter()
+    total, start = len(items), time.perf_counter()
     for done, item in enumerate(items, 1):
         yield item
         if sys.stderr.isatty():
@@ -172,13 +169,21 @@ def read_labels(path):
     return labels
 
 
-def save_labels(path, labels, comment=""):
-    """Write (H, W) class indices as a palette PNG in VOC's 256 colours."""
-    image, text = Image.fromarray(np.asarray(labels, np.uint8)), PngInfo()
+def save_labels(path, labels, classes=None, comment=""):
+    """Write (H, W) class indices as a palette PNG in VOC's 256 colours, with its notes."""
+    image, notes = Image.fromarray(np.asarray(labels, np.uint8)), PngInfo()
     image.putpalette(voc_palette().tobytes())
+    if classes:
+        notes.add_text("Classes", ";".join(classes))
     if comment:
-        text.add_text("Comment", comment)
-    write_atomically(path, lambda file: image.save(file, "png", pnginfo=text))
+        notes.add_text("Comment", comment)
+    write_atomically(path, lambda file: image.save(file, "png", pnginfo=notes))
+
+
+def read_notes(path):
+    """(classes that a label PNG says its indices mean or "", its comment or "")."""
+    with reading(path, "a label PNG"), Image.open(path) as image:
+        return image.info.get("Classes", ""), str(image.info.get("Comment", ""))
 
 
 def to_8_bits(values):
@@ -195,8 +200,7 @@ def to_8_bits(values):
 def load_image(path, near=None):
     """An image file of any mode as (H, W, 3) uint8 RGB, upright; an array as it is.
 
-    near: a side in pixels to which a JPEG may be reduced while it is decoded, but not below it.
-    """
+    near: a side in pixels to which a JPEG may be reduced while it is decoded, but not below it."""
     if isinstance(path, np.ndarray):
         return path
     with reading(path, "a whole image; leave it out, or save it again"), Image.open(path) as image:
@@ -222,8 +226,7 @@ def shrink(image, longest=1000):
 class Photos:
     """Tagged photographs: all that weak training may see. Indexing by (i, place) reads image i.
 
-    Cached features, if any, come in the place of pixels. A mirrored map is nearly the mirror's.
-    """
+    Cached features, if any, come in the place of pixels. A mirrored map is nearly the mirror's."""
 
     paths: list  # files, or arrays (H, W, 3) uint8 already in memory
     tags: torch.Tensor  # (N, K) float32 of 0/1
@@ -241,8 +244,7 @@ class Photos:
     def __getitem__(self, key):
         """(i, place in 0..1) -> i, image (3, size, size) uint8 or features, cells (h, w) or None.
 
-        A broken photograph gives what is wrong with it, a string, in the place of its pixels.
-        """
+        A broken photograph gives what is wrong with it, a string, in the place of its pixels."""
         i, place = key
         cells = None if self.cells is None else torch.from_numpy(self.cells[i])
         if self.features is not None:
@@ -264,7 +266,8 @@ class Photos:
     def take(self, keep):
         """The photographs at these indices, in this order."""
         paths = [self.paths[i] for i in keep]
-        return dataclasses.replace(self, paths=paths, tags=self.tags[keep])
+        cells = None if self.cells is None else self.cells[keep]
+        return dataclasses.replace(self, paths=paths, tags=self.tags[keep], cells=cells)
 
 
 def collate(items):
@@ -292,15 +295,14 @@ def read_batches(photos, keys, workers=0, pin=False):
 def note_broken(photos, found, known):
     """Name each broken photo once: found {index: why}, known: those named, which grows.
 
-    Raises InputError where more than 1 % of 100 or more photographs are broken, or all of them.
-    """
+    Raises InputError where more than 1 % of 100 or more photographs are broken, or all of them."""
     for i in found.keys() - known.keys():
         known[i] = found[i]
         print(f"left out: {found[i]}", file=sys.stderr)
     many = len(photos) >= 100 and len(known) > 0.01 * len(photos)
     if many or len(known) == len(photos):
         count = f"{len(known)} of {len(photos)} photographs cannot be read"
-        raise InputError(f"{count}; mend them, or take them out: {known[min(known)]}")
+        raise InputError(f"{count}, such as {known[min(known)]}")
 
 
 # ---------------------------------------------------------------- the feature cache
@@ -316,15 +318,11 @@ def with_features(photos, compute, shape, network, folder, workers=0, mirror=Fal
     """The photos, less the broken ones, with their features; computed where the folder has none.
 
     compute: images (B, 3, size, size) uint8 -> (B, *shape), shape (D, h, w); network: a string that
-    says all it depends on. A cache is named after its content, so that a folder holds many.
-    """
+    says all it depends on. A cache is named after its content, so that a folder holds many."""
     content = [network, photos.size, shape, [identity(path) for path in photos.paths]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    file, note, full_shape = (
-        Path(folder, f"{key}.npy"),
-        Path(folder, f"{key}.json"),
-        (len(photos), *shape),
-    )
+    file, note = Path(folder, f"{key}.npy"), Path(folder, f"{key}.json")
+    full_shape = (len(photos), *shape)
     if not file.exists():
         Path(folder).mkdir(parents=True, exist_ok=True)
         needed, free = 2 * np.prod(full_shape), shutil.disk_usage(folder).free
@@ -351,7 +349,7 @@ def write_features(out, note, photos, compute, full_shape, workers, block=16):
     keys = [(i, 0.5) for i in range(len(photos))]
     blocks = [keys[start : start + block] for start in range(0, len(keys), block)]
     broken, batches = {}, read_batches(photos, blocks, workers)
-    for part, batch in zip(blocks, progress(batches, "blocks cached", len(blocks))):
+    for part, batch in zip(progress(blocks, "blocks cached"), batches):
         indices, images, _, found = batch
         note_broken(photos, found, broken)
         features = np.zeros((len(part), *full_shape[1:]), np.float16)
@@ -365,8 +363,7 @@ def write_features(out, note, photos, compute, full_shape, workers, block=16):
 def find_masks(photos, folder):
     """(indices, files): the photos to learn from per pixel, each one's mask; None: background.
 
-    A mask is <photograph's name>.png; a photo without one counts if its only tag is background.
-    """
+    A mask is <photograph's name>.png; a photo without one counts if its only tag is background."""
     there = {p.stem: p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() == ".png"}
     indices, files, owners = [], [], {}
     for i, path in enumerate(photos.paths):
@@ -388,8 +385,7 @@ def read_mask(path, photo, classes):
     """Labels (H, W) uint8; raises InputError if they are not the photograph's, or no classes'."""
     labels, shape = read_labels(path), load_image(photo).shape[:2]
     if labels.shape != shape:
-        found = f"{labels.shape[::-1]} pixels, its photograph, upright, {shape[::-1]}"
-        raise InputError(f"{path}: {found}; expected the same")
+        raise InputError(f"{path}: {labels.shape[::-1]} pixels, its photo, upright, {shape[::-1]}")
     highest = labels.max(where=labels != VOID, initial=0)
     if highest >= classes:
         raise InputError(f"{path}: holds index {highest}; expected 0..{classes - 1}, 255 for void")
@@ -416,8 +412,7 @@ def tagged(paths, tags, classes):
 def read_tags(folder, path):
     """A CSV of file,tag;tag;... -> {file in folder: set of names}, empty for background alone.
 
-    Rows of one file are united. Raises InputError where a file is missing or outside the folder.
-    """
+    Rows of one file are united. Raises InputError where a file is missing or outside the folder."""
     expected = f"lines such as  photo.jpg,cat;dog  of files inside {folder}"
     rows = read_rows(path, expected, columns=2)
     if rows and rows[0][0].lower() in ("file", "image", "filename"):
@@ -518,10 +513,7 @@ def image_files(folder):
 
 
 def folder_photos(folder, tags):
-    """Photos of one's own, tagged by a CSV (see read_tags). Classes are in alphabetical order.
-
-    Raises InputError where two classes differ in case only, or their number is not in 1..254.
-    """
+    """Photos of one's own, tagged by a CSV (see read_tags). Classes are in alphabetical order."""
     names = read_tags(folder, tags)
     classes = ["background", *sorted(set().union(*names.values()))]
     spelt = {name.casefold(): name for name in classes}
@@ -570,8 +562,7 @@ TOY_CLASSES = ["background", *TOY_SHAPES]
 def toy_scene(rng, size, kinds, distractors):
     """Objects of these classes, distractors of none: image (size, size, 3), labels, both uint8.
 
-    Colours, sizes, places and turns are random, so that only texture and shape tell a class.
-    """
+    Colours, sizes, places and turns are random, so that only texture and shape tell a class."""
     noise = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
     coarse = np.asarray(noise.resize((size, size), Image.BICUBIC), float)
     tone = coarse[..., None] / 255 + 0.15 * rng.standard_normal((size, size, 1))
@@ -621,8 +612,7 @@ def toy_drawn(seed, n, size=96):
 def toy_scenes(seed, n, size=144):
     """n test scenes: list of (name, image (H, W, 3) uint8, labels (H, W) uint8).
 
-    Two to four objects each, of one or two classes, as in nearly all photographs of VOC.
-    """
+    Two to four objects each, of one or two classes, as in nearly all photographs of VOC."""
     rng = np.random.default_rng([seed, 1])
     scenes = []
     for i in range(n):
@@ -640,8 +630,7 @@ def augment(images, random, flip=0.5, rotate=10.0, scale=0.2, brightness=0.2, co
 
     images (B, 3, H, W) in 0..255, on any device; random (7, B): uniform in 0..1, what is drawn.
     flip: chance; then the largest turn in degrees, log of scale, share of 255, change of contrast
-    (the paper gives none). Returns float images of the same shape.
-    """
+    (the paper gives none). Returns float images of the same shape."""
     draws = random.to(images.device, non_blocking=True) * 2 - 1  # (7, B) in -1..1
     flips, turns, zooms, lights, gains, right, down = draws
     sign = torch.where(flips < 2 * flip - 1, -1.0, 1.0)

@@ -23,21 +23,8 @@ import infer
 import model
 from data import VOID, InputError
 
-# IoU per class on VOC 2012 val in the paper's Table 4, in devkit order.
-# fmt: off
-PAPER = {
-    "base": [37.0, 10.4, 12.4, 10.8, 5.3, 5.7, 25.2, 21.1, 25.15, 4.8, 21.5,
-             8.6, 29.1, 25.1, 23.6, 25.5, 12.0, 28.4, 8.9, 22.0, 11.6],
-    "ilp": [73.2, 25.4, 18.2, 22.7, 21.5, 28.6, 39.5, 44.7, 46.6, 11.9, 40.4,
-            11.8, 45.6, 40.1, 35.5, 35.2, 20.8, 41.7, 17.0, 34.7, 30.4],
-    "ilp+sppxl": [77.2, 37.3, 18.4, 25.4, 28.2, 31.9, 41.6, 48.1, 50.7, 12.7, 45.7,
-                  14.6, 50.9, 44.1, 39.2, 37.9, 28.3, 44.0, 19.6, 37.6, 35.0],
-    "ilp+bb": [78.6, 46.9, 18.6, 27.9, 30.7, 38.4, 44.0, 49.6, 49.8, 11.6, 44.7,
-               14.6, 50.4, 44.7, 40.8, 38.5, 26.0, 45.0, 20.5, 36.9, 34.8],
-    "ilp+seg": [79.6, 50.2, 21.6, 40.6, 34.9, 40.5, 45.9, 51.5, 60.6, 12.6, 51.2,
-                11.6, 56.8, 52.9, 44.8, 42.7, 31.2, 55.4, 21.5, 38.8, 36.9],
-}
-# fmt: on
+# Mean IoU on VOC 2012 val, the paper's Table 4.
+PAPER = {"base": 17.8, "ilp": 32.6, "ilp+sppxl": 36.6, "ilp+bb": 37.8, "ilp+seg": 42.0}
 
 
 # ---------------------------------------------------------------- the measure
@@ -45,14 +32,13 @@ def confusion(truth, prediction, classes):
     """Joint histogram of one image, (K, K) int64; pixels whose truth is 255 (void) are left out.
 
     truth, prediction: (H, W) uint8. Raises ValueError where the sizes differ or an index is no
-    class; a predicted index that is too large is an error even under void, as in the devkit.
-    """
+    class; a predicted index that is too large is an error even under void, as in the devkit."""
     if truth.shape != prediction.shape:
         sizes = f"{prediction.shape[::-1]} pixels, but the truth has {truth.shape[::-1]}"
         raise ValueError(f"{sizes}; nothing is resized")
     if prediction.max() >= classes:
-        found = f"holds index {prediction.max()}"
-        raise ValueError(f"{found}; every pixel must be 0..{classes - 1}, 255 is not allowed")
+        wanted = f"expected 0..{classes - 1}, 255 is not allowed"
+        raise ValueError(f"holds index {prediction.max()}; {wanted}")
     labelled = truth != VOID
     true, predicted = truth[labelled].astype(np.int64), prediction[labelled]
     if true.max(initial=0) >= classes:
@@ -68,42 +54,24 @@ def measures(matrix):
         return 100 * hit / (true + predicted - hit), 100 * hit / predicted, 100 * hit / true
 
 
-def with_void(matrix, classes):
-    """What to say of training labels, whose confusion (K + 1, K + 1) counts their void as class K.
-
-    Percent: the share of pixels that have a label, and the mean IoU where void counts as wrong.
-    """
-    K = len(classes)
-    true, predicted, hit = matrix[:K].sum(1), matrix[:K, :K].sum(0), np.diag(matrix)[:K]
-    iou = hit / np.maximum(true + predicted - hit, 1)
-    coverage = 100 * matrix[:K, :K].sum() / matrix[:K].sum()
-    return {"coverage": float(coverage), "mean_iou_void_wrong": float(100 * iou[true > 0].mean())}
-
-
-def mean_defined(values):
-    """Mean of the values that are not None; None where there are none."""
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
-
-
 def summarise(matrix, classes, images):
     """A confusion (K, K) as JSON-ready percentages; mean_iou is VOC's: None if one is undefined.
 
     mean_iou_defined: over the classes_defined classes that occur; mean_accuracy: mean recall, as in
-    Table 2. Raises InputError where the truth holds no object.
-    """
+    Table 2. Raises InputError where the truth holds no object."""
     if not matrix[1:].any():
-        why = "no true mask holds an object pixel; expected class indices, 255 is void"
-        raise InputError(f"{images} images: {why}")
+        raise InputError(
+            f"{images} images whose true masks hold no object: are they class indices?"
+        )
     report = {"images": images}
-    for what, values in zip(("iou", "precision", "recall"), measures(matrix)):
+    iou, precision, recall = measures(matrix)
+    for what, values in (("iou", iou), ("precision", precision), ("recall", recall)):
         defined = [None if math.isnan(v) else float(v) for v in values]
         report[what] = dict(zip(classes, defined))
-    ious = list(report["iou"].values())
-    report["mean_iou_defined"] = mean_defined(ious)
-    report["mean_iou"] = None if None in ious else report["mean_iou_defined"]
-    report["classes_defined"] = len(classes) - ious.count(None)
-    report["mean_accuracy"] = mean_defined(report["recall"].values())
+    report["mean_iou_defined"] = float(np.nanmean(iou))
+    report["mean_iou"] = None if np.isnan(iou).any() else report["mean_iou_defined"]
+    report["classes_defined"] = int(np.isfinite(iou).sum())
+    report["mean_accuracy"] = float(np.nanmean(recall))
     return report
 
 
@@ -122,16 +90,11 @@ def ladder(net, samples, options, priors=None, workers=0):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples.
 
     options: of infer.Scene and Eq. 7, a dict; priors: names, by default all; workers: as for
-    infer.overlapped. Returns a JSON-ready dict and {name: q (K,)}.
-    """
+    infer.overlapped. Returns a JSON-ready dict and {name: q (K,)}."""
     matrices, scores = {}, {}
-    names = list(infer.PRIORS) if priors is None else priors
-
-    def network(sample):
-        return *sample, *infer.predict(net, sample[1])
-
-    rungs = functools.partial(rung_counts, options, names)
-    for name, q, counts in infer.overlapped(network, rungs, samples, workers):
+    rungs = functools.partial(rung_counts, options, priors or list(infer.PRIORS))
+    predicted = ((*sample, *infer.predict(net, sample[1])) for sample in samples)
+    for name, q, counts in infer.overlapped(rungs, predicted, workers):
         scores[name] = q
         for row, matrix in counts.items():
             matrices[row] = matrices.get(row, 0) + matrix
@@ -147,7 +110,9 @@ def rung_counts(options, priors, predicted):
     labels = {"base": p.argmax(0)}
     for prior in priors:
         labels["ilp" if prior == "none" else f"ilp+{prior}"] = infer.PRIORS[prior](weighed, scene)
-    with data.reading(name, "a mask of the photograph's size and of the checkpoint's classes"):
+    with data.reading(
+        f"{name}.png", "a mask of the photograph's size, of the checkpoint's classes"
+    ):
         return name, q, {row: confusion(truth, x, len(p)) for row, x in labels.items()}
 
 
@@ -159,15 +124,13 @@ def print_ladder(report):
         lines[name] = [r["iou"][name] for r in rows.values()]
     lines["mean IoU"] = [r["mean_iou_defined"] for r in rows.values()]
     if classes == data.VOC_CLASSES:
-        lines["paper, val"] = [np.mean(PAPER[row]) if row in PAPER else None for row in rows]
+        lines["paper, val"] = [PAPER.get(row) for row in rows]
     width = max(map(len, lines))
     for name, values in lines.items():
         words = [v if isinstance(v, str) else "-" if v is None else f"{v:.1f}" for v in values]
         print(f"{name:{width}} {' '.join(f'{word:>11}' for word in words)}")
     if any(r["mean_iou"] is None for r in rows.values()):
-        print(
-            "(means are over the classes that a column or the masks hold: do not compare columns)"
-        )
+        print("(means are over the classes that a column or its masks hold: do not compare them)")
     if "mean_average_precision" in report:
         print(f"tags: mean average precision {report['mean_average_precision']:.1f}")
 
@@ -182,24 +145,17 @@ def draw_ladder(path, report):
 
 
 def voc_samples(voc, name, limit=0):
-    """Yield (id, image, truth) of a VOC set, or of `limit` images spread over it.
-
-    Raises InputError where a file is missing, at once, or where sizes differ.
-    """
+    """Yield (id, image, truth) of a VOC set, or of `limit` images spread over it."""
     ids = data.voc_ids(voc, name)
     if limit:
         ids = [ids[i] for i in data.spread(len(ids), limit)]
     photos = [Path(voc, "JPEGImages", f"{i}.jpg") for i in ids]
     masks = [Path(voc, "SegmentationClass", f"{i}.png") for i in ids]
-    for path in photos + masks:
+    for path in photos + masks:  # all, before the work
         if not path.is_file():
             raise InputError(f"{path}: no such file; --set {name} needs its photographs and masks")
     for i, photo, mask in zip(data.progress(ids, "images"), photos, masks):
-        image, truth = data.load_image(photo), data.read_labels(mask)
-        if truth.shape != image.shape[:2]:
-            sizes = f"{truth.shape[::-1]} pixels, its photograph {image.shape[1::-1]}"
-            raise InputError(f"{mask}: {sizes}; expected the same")
-        yield i, image, truth
+        yield i, data.load_image(photo), data.read_labels(mask)
 
 
 # ---------------------------------------------------------------- commands
@@ -217,32 +173,44 @@ def attempt(function, items):
     return results
 
 
+def check_notes(path, classes, known_tags_allowed=False):
+    """Raises InputError where a label PNG says that it is not what is scored here."""
+    meant, comment = data.read_notes(path)
+    if meant and meant != ";".join(classes):
+        raise InputError(f"{path}: labels of {meant.replace(';', ', ')}; give --classes CKPT")
+    if "known tags" in comment and not known_tags_allowed:
+        raise InputError(f"{path}: made with known tags; score it with --void-allowed")
+
+
 def run_score(args):
     """Compare a folder of label PNGs with a set's true masks."""
     classes, start = data.VOC_CLASSES, time.perf_counter()
     if args.classes:
         with data.reading(args.classes, "a checkpoint of train.py"):
             classes = model.read_checkpoint(args.classes)["classes"]
-
     K = len(classes)
 
     def compare(i):
         path, mask = Path(args.folder, f"{i}.png"), Path(args.voc, "SegmentationClass", f"{i}.png")
         truth, labels = data.read_labels(mask), data.read_labels(path)
+        check_notes(path, classes, args.void_allowed)
         with data.reading(path, "labels as infer.py writes them"):
-            if args.void_allowed:
-                return confusion(truth, np.where(labels == VOID, K, labels), K + 1)
-            return confusion(truth, labels, K)
+            if not args.void_allowed:
+                return confusion(truth, labels, K)
+            confusion(truth, np.where(labels == VOID, 0, labels), K)  # for what it refuses
+            return confusion(truth, np.where(labels == VOID, K, labels), K + 1)
 
     matrices = attempt(compare, data.voc_ids(args.voc, args.set))
     total = sum(matrices)
     report = summarise(total[:K, :K], classes, len(matrices))
-    if args.void_allowed:
-        void = with_void(total, classes)
-        report.update(void, what="training labels, known tags: not VOC's measure")
-        print(report["what"])
-        print(f"{void['coverage']:.1f} % of the pixels have a label, to which the table belongs; "
-              f"mean IoU with void as wrong {void['mean_iou_void_wrong']:.2f}")  # fmt: skip
+    if args.void_allowed:  # void is counted as class K
+        iou = measures(total)[0][:K]
+        wrong = float(iou[total[:K].sum(1) > 0].mean())
+        coverage = float(100 * total[:K, :K].sum() / total[:K].sum())
+        what = "training labels, known tags: not VOC's measure"
+        report.update(coverage=coverage, mean_iou_void_wrong=wrong, what=what)
+        print(f"{what}; mean IoU with void as wrong {wrong:.2f}")
+        print(f"{coverage:.1f} % of the pixels have a label; of these:")
     width = max(map(len, classes))
     print(f"{'':{width}} {'IoU':>7} {'precision':>10} {'recall':>7}")
     for name, iou, precision, recall in zip(classes, *measures(total[:K, :K])):
@@ -275,7 +243,9 @@ def run_ladder(args):
             known = [i for i in scores if k not in tags[i][1]]
             present = np.array([k in tags[i][0] for i in known])
             values[label] = average_precision(np.array([scores[i][k] for i in known]), present)
-        report["mean_average_precision"] = mean_defined(values.values())
+        defined = [v for v in values.values() if v is not None]
+        if defined:
+            report["mean_average_precision"] = float(np.mean(defined))
     print_ladder(report)
     print(f"{len(scores)} images, {len(scores) / (time.perf_counter() - start):.2f} images/s")
     if args.json:
@@ -289,6 +259,7 @@ def run_submit(args):
 
     def check(i):
         labels, photo = data.read_labels(files[i]), Path(args.voc, "JPEGImages", f"{i}.jpg")
+        check_notes(files[i], data.VOC_CLASSES)
         with data.reading(files[i], "a palette PNG of the photograph's size, of classes 0..20"):
             with Image.open(files[i]) as image, Image.open(photo) as picture:
                 mode, size, wanted = image.mode, image.size, picture.size
@@ -319,8 +290,7 @@ def main():
     score.add_argument("folder", help="<image id>.png of every image, as infer.py writes them")
     score.add_argument("--json", metavar="FILE", help="also write the numbers here")
     score.add_argument("--classes", metavar="CKPT", help="whose classes these are [VOC's]")
-    text = "score training labels: 255 is no label"
-    score.add_argument("--void-allowed", action="store_true", help=text)
+    score.add_argument("--void-allowed", action="store_true", help="255: no training label there")
     rungs.add_argument("checkpoint", help="ckpt.pt or head.pt of train.py")
     rungs.add_argument("--json", metavar="FILE", help="also write the numbers, a chart beside them")
     rungs.add_argument("--limit", type=int, metavar="N", help="use N images, spread over the set")
@@ -330,7 +300,7 @@ def main():
     submit.add_argument("folder", help="<image id>.png of every image, as infer.py writes them")
     submit.add_argument("--out", required=True, metavar="FILE.tgz")
     args = parser.parse_args()
-    if args.limit < 0 or args.json and args.json.endswith(".png"):
+    if args.limit < 0 or args.json and args.json.lower().endswith(".png"):
         parser.error("--limit takes 0 or more, and --json a name that does not end in .png")
     args.run(args)
 

@@ -47,8 +47,7 @@ def timed(part):
 def predict(net, image):
     """Eq. 2 of an image (H, W, 3) uint8: p (K, H, W) at every pixel, q (K,) of the whole.
 
-    Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer.
-    """
+    Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer."""
     H, W = image.shape[:2]
     device = net.mean.device
     sides = net.sides or [math.sqrt(H * W)]
@@ -66,12 +65,9 @@ def predict(net, image):
 
 
 def ilp(p, q, form="objects"):
-    """Image-level prior, Eq. 7: p (K, H, W) times q (K,).
-
-    "objects": Eq. 7 read literally, background is not in C; "all": it is multiplied too.
-    """
+    """Image-level prior, Eq. 7: p (K, H, W) times q (K,)."""
     factor = q.copy()
-    if form == "objects":
+    if form == "objects":  # Eq. 7 read literally: background is not in C
         factor[0] = 1
     return p * factor.astype(p.dtype)[:, None, None]
 
@@ -82,8 +78,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
 
     image (H, W, 3) uint8; scale: their k, in grey levels of 255 (larger: larger segments); sigma:
     of Gaussian smoothing, pixels; min_size: pixels. Returns (H, W) int32 labels 0..S-1 in raster
-    order of each segment's first pixel.
-    """
+    order of each segment's first pixel."""
     H, W = image.shape[:2]
     k = scale / 255
     smooth = ndimage.gaussian_filter(image / 255.0, (sigma, sigma, 0)).reshape(-1, 3)
@@ -146,8 +141,7 @@ def hierarchy(regions, image, least=0.002):
     regions (H, W) int, all of 0..S-1; image (H, W, 3) uint8. Returns segments (N, S) bool, at least
     the share `least` of the picture, and scores (N,) in 0..1: mean distances from the border
     (geodesic saliency, Wei et al., ECCV 2012). Neighbours are as far apart as their mean colours,
-    others as the cheapest path between them; average linkage merges the closest.
-    """
+    others as the cheapest path between them; average linkage merges the closest."""
     from scipy.cluster.hierarchy import linkage  # takes a while to import
     from scipy.sparse.csgraph import shortest_path
 
@@ -272,8 +266,7 @@ def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
 
     planes (K, h, w) float, image (h, w, 3) uint8 -> (K, h, w) float32. A neighbour's weight is the
     softmax, over the 8 directions at each dilation (pixels), of minus the mean over channels of
-    |colour difference| / (width * local standard deviation).
-    """
+    |colour difference| / (width * local standard deviation)."""
     (h, w), margin = image.shape[:2], max(dilations)
     around = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
     corners = [(margin + d * dy, margin + d * dx) for d in dilations for dy, dx in around]
@@ -302,8 +295,9 @@ def small_picture(image, cells=64):
 
 @timed("refinement")
 def smoothed(p, image, regions):
-    """p (K, H, W) after pixel-adaptive refinement on a small picture, then superpixel means."""
+    """Shares of p (K, H, W) after pixel-adaptive refinement, small, and superpixel means."""
     guide = small_picture(image)
+    p = p / np.maximum(p.sum(0), 1e-30)
     refined = pixel_adaptive(resized(p, guide.shape[:2], "area"), guide)
     planes = resized(refined, image.shape[:2])
     size = np.bincount(regions.ravel())
@@ -314,24 +308,20 @@ def smoothed(p, image, regions):
 def refine(p, image, regions):
     """Our own prior, nothing trained: saliency, pixel-adaptive refinement, superpixel means.
 
-    p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W).
-    """
+    p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W)."""
     object_here = resized(saliency(small_picture(image, 128))[None], image.shape[:2])[0]
     factor = np.sqrt(np.stack([1 - object_here, *[object_here] * (len(p) - 1)]))
-    weighed = p * factor.astype(p.dtype)
-    return smoothed(weighed / np.maximum(weighed.sum(0), 1e-30), image, regions)
+    return smoothed(p * factor.astype(p.dtype), image, regions)
 
 
 def labels_from_tags(p, present, image, regions, sure, background=1.5):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
     p (K, H, W) of its score map; present (K,) bool: its tags. A softmax over background and the
-    tagged classes alone, with `background` added to the background's scores, then `smoothed`.
-    """
+    tagged classes alone, with `background` added to the background's scores, then `smoothed`."""
     factor = np.where(present, 1.0, 0.0)
     factor[0] = math.exp(background)
-    share = p * factor.astype(p.dtype)[:, None, None]
-    share = smoothed(share / np.maximum(share.sum(0), 1e-30), image, regions)
+    share = smoothed(p * factor.astype(p.dtype)[:, None, None], image, regions)
     return np.where(share.max(0) >= sure, share.argmax(0), VOID).astype(np.uint8)
 
 
@@ -339,8 +329,7 @@ class Scene:
     """One image (H, W, 3) uint8 and what the priors derive from it, each at most once.
 
     delta: prior -> thresholds (K,). boxes: folder of <name>.txt; mcg: folder of <name>.mat; without
-    them our own hierarchy serves.
-    """
+    them our own hierarchy serves."""
 
     def __init__(self, image, delta=None, boxes=None, mcg=None, name=""):
         self.image, self.delta, self.boxes, self.mcg, self.name = image, delta, boxes, mcg, name
@@ -386,8 +375,7 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
     makes from them: `refine` of its tagged classes. A class seen in n images weighs its own IoU n
-    against `shrink` times the mean of all classes. Thresholds are multiples of 1 / steps.
-    """
+    against `shrink` times the mean of all classes. Thresholds are multiples of 1 / steps."""
     K, names = len(net.classes), ("bb", "seg")
     hits = {name: np.zeros((steps, K)) for name in names}  # right pixels above each threshold
     drawn = {name: np.zeros((steps, K)) for name in names}  # all pixels above it
@@ -425,8 +413,7 @@ def save_panel(path, net, samples, prior="refine", ilp_form="objects", width=170
     """A contact sheet, a row for each of (Scene, truth (H, W) or None); ilp_form None: no ILP.
 
     The image; maps of the three likeliest classes, under their names in the labels' colours; the
-    labels step by step.
-    """
+    labels step by step."""
     colours, rows = data.voc_palette(), []
     heat = (np.arange(256)[:, None] * 3 - [0, 255, 510]).clip(0, 255).astype(np.uint8)  # by 0..1
     for scene, truth in samples:
@@ -479,28 +466,25 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
 
 
 # ---------------------------------------------------------------- command line
-def overlapped(network, priors, items, workers=0):
-    """Yield priors(network(item)) in order, the priors in a thread or in `workers` processes.
-
-    The network goes ahead of them by a few items, so that memory is bounded. None is passed on.
-    """
+def overlapped(priors, predictions, workers=0):
+    """Yield priors(prediction) in order, from a thread or `workers` processes, only a few ahead."""
     if workers:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     else:
         pool = ThreadPoolExecutor(1)
     with pool:
         jobs = collections.deque()
-        for item in items:
-            jobs.append(pool.submit(in_pool, priors, network(item)))
+        for prediction in predictions:
+            jobs.append(pool.submit(in_pool, priors, prediction))
             if len(jobs) > workers + 2:
                 yield collect(jobs.popleft())
         while jobs:
             yield collect(jobs.popleft())
 
 
-def in_pool(priors, predicted):
-    """(priors(predicted), SECONDS spent), or None for None."""
-    result = None if predicted is None else priors(predicted)
+def in_pool(priors, prediction):
+    """(priors(prediction), SECONDS spent)."""
+    result = priors(prediction)
     spent = dict(SECONDS)
     SECONDS.clear()
     return result, spent
@@ -529,22 +513,25 @@ def add_options(parser):
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own]")
     add("--dense", type=int, metavar="F", help="score grid F times finer [the checkpoint's]")
     add("--sides", type=numbers, metavar="N,N", help="see images at N x N [the checkpoint's]")
-    add("--workers", type=int, default=0, metavar="N", help="processes for the priors [0: here]")
+    add(
+        "--workers",
+        type=int,
+        choices=range(65),
+        default=0,
+        metavar="N",
+        help="processes for the priors [0: here]",
+    )
     add("--device", type=model.pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 def open_net(path, args, priors):
     """(net, thresholds) of a checkpoint, for these priors. Raises InputError."""
     if args.boxes and "bb" not in priors or args.mcg and "seg" not in priors:
-        raise InputError(
-            "--boxes serves the prior bb, --mcg serves seg; ask for it, or leave them out"
-        )
+        raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
     with data.reading(path, "a checkpoint of train.py, ckpt.pt or head.pt"):
         net, ckpt = model.load_net(path, args.weights, args.device, args.dense, args.sides)
     if {"bb", "seg"}.intersection(priors) and not ckpt["thresholds"]:
-        raise InputError(
-            f"{path}: no thresholds yet for bb and seg; let its training end: --resume"
-        )
+        raise InputError(f"{path}: no thresholds yet for bb, seg; let its training end: --resume")
     return net, ckpt["thresholds"]
 
 
@@ -566,18 +553,20 @@ def files_to_label(args, tags):
                 both = f"would be written for {file} and {taken[path]}"
                 raise InputError(f"{path}: {both}; label folders apart, or give another --out")
             taken[path] = file
+    if args.panel and Path(args.panel).resolve() in taken:
+        raise InputError(f"--panel {args.panel}: a photograph or its labels; give another name")
     return files
 
 
 def known_tags(args, classes):
     """{file: its tags (K,) bool}: of the set of --voc, or of the CSV --known-tags for one folder."""
+    if args.voc and (classes != data.VOC_CLASSES or args.known_tags != "the set's"):
+        raise InputError("--known-tags with --voc: no CSV, and a checkpoint of VOC's classes")
     if args.voc:
         photos = data.voc_photos(args.voc, args.set)
         return dict(zip(photos.paths, photos.tags.numpy() > 0))
     if len(args.images) != 1 or args.known_tags == "the set's":
-        raise InputError(
-            "--known-tags: with photographs, give one folder and the CSV of their tags"
-        )
+        raise InputError("--known-tags: give one folder of photographs, and the CSV of their tags")
     tags = data.read_tags(args.images[0], args.known_tags)
     unknown = set().union(*tags.values()) - set(classes)
     if unknown:
@@ -589,8 +578,7 @@ def known_tags(args, classes):
 def write_labels(args, classes, thresholds, predicted):
     """Smooth one photograph's p (K, H, W) and write its labels -> {class: share of the pixels}.
 
-    predicted: file, photo (H', W', 3), p, q, and the known tags (K,) bool, or None.
-    """
+    predicted: file, photo (H', W', 3), p, q, and the known tags (K,) bool, or None."""
     file, photo, p, q, present = predicted
     out, comment = Path(args.out, file.stem), ""
     scene = Scene(data.shrink(photo), thresholds, args.boxes, args.mcg, file.stem)
@@ -603,7 +591,7 @@ def write_labels(args, classes, thresholds, predicted):
         comment = "training label: made with known tags"
     with timed("writing"):
         labels = np.asarray(Image.fromarray(labels).resize(photo.shape[1::-1], Image.NEAREST))
-        data.save_labels(f"{out}.png", labels, comment)
+        data.save_labels(f"{out}.png", labels, classes, comment)
         if not args.voc:
             picture = Image.fromarray(overlay(photo, labels))
             data.write_atomically(f"{out}_overlay.png", lambda file: picture.save(file, "png"))
@@ -620,43 +608,43 @@ def main():
     add("checkpoint", help="ckpt.pt or head.pt of train.py")
     add("images", nargs="*", help="image files and folders")
     add("--voc", metavar="DIR", help="label a set of this devkit instead")
-    add("--set", default="val", metavar="NAME", help="which set of --voc [val]")
+    add("--set", metavar="NAME", help="which set of --voc [val]")
     add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
     add("--soft", action="store_true", help="also write the class scores as .npz, as labelled")
     add("--panel", metavar="FILE", help="draw how the first 20 images came about")
     add("--prior", choices=list(PRIORS), default="none", help="what smooths the labels [none]")
-    both = argparse.BooleanOptionalAction
-    add("--ilp", action=both, default=True, help="image-level prior, Eq. 7 [yes, as the paper]")
+    add("--ilp", action=argparse.BooleanOptionalAction, default=True, help="use Eq. 7 [yes]")
     csv = {"nargs": "?", "const": "the set's", "metavar": "FILE"}
     add("--known-tags", help="training labels from true tags: of --voc's set, or this CSV's", **csv)
-    add(
-        "--sure", type=float, default=0.6, metavar="P", help="with them: 255 below this share [0.6]"
-    )
+    add("--sure", type=float, metavar="P", help="with them: below it 255 [0.6]")
     add_options(parser)
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")
     if args.known_tags and (args.prior != "none" or not args.ilp or args.panel or args.soft):
         parser.error("--known-tags takes none of --prior, --no-ilp, --panel and --soft")
-    if not 0 <= args.sure <= 1 or args.sure != 0.6 and not args.known_tags:
+    if args.sure is not None and not (args.known_tags and 0 <= args.sure <= 1):
         parser.error("--sure goes with --known-tags; expected a share, 0 to 1")
+    if args.set and not args.voc or args.ilp_form == "all" and (args.known_tags or not args.ilp):
+        parser.error("--set goes with --voc, --ilp-form with the image-level prior")
+    args.set, args.sure = args.set or "val", 0.6 if args.sure is None else args.sure
     net, thresholds = open_net(args.checkpoint, args, [args.prior])
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)
     broken, start = {}, time.perf_counter()
 
-    def network(file):
-        try:
-            photo = data.load_image(file)
-        except (InputError, OSError) as e:
-            broken[file] = data.one_line(e)
-            return None
-        return file, photo, *predict(net, data.shrink(photo)), tags.get(file)
+    def predictions():
+        for file in data.progress(files, "labelled"):
+            try:
+                photo = data.load_image(file)
+            except (InputError, OSError) as e:
+                broken[file] = data.one_line(e)
+                continue
+            yield file, photo, *predict(net, data.shrink(photo)), tags.get(file)
 
     priors = functools.partial(write_labels, args, net.classes, thresholds)
-    labelled = overlapped(network, priors, files, args.workers)
-    for shares in data.progress(labelled, "labelled", len(files)):
-        if len(files) == 1 and shares:
+    for shares in overlapped(priors, predictions(), args.workers):
+        if len(files) == 1:
             words = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
             print(f"{files[0]}: {', '.join(words)}")
     whole = [file for file in files if file not in broken]

@@ -29,12 +29,9 @@ VOID = 255  # a pixel or cell without a label
 
 # ---------------------------------------------------------------- rows: one list describes a net
 class Row(NamedTuple):
-    """One layer. A ReLU follows every convolution but the head's last.
+    """One layer. A ReLU follows every convolution but the head's last."""
 
-    A "module" is a whole network of torch.hub, whose cells see `kernel` pixels, `stride` apart.
-    """
-
-    kind: str  # "conv", "pool" (max) or "module"
+    kind: str  # "conv", "pool" (max), or "module": a whole network of torch.hub
     out: int  # output channels; 0 in a pool
     kernel: int  # side of the window
     stride: int = 1
@@ -70,7 +67,6 @@ def dinov2(name, maps):
 conv = functools.partial(Row, "conv")  # (out, kernel, stride=1, pad=0)
 pool = functools.partial(Row, "pool", 0)  # (kernel, stride)
 
-# fmt: off
 TRUNKS = {
     # Section 3: OverFeat's "accurate" net up to its sixth convolution, before the third pool.
     "overfeat": Trunk([
@@ -102,8 +98,7 @@ TRUNKS = {
 
     "dinov2_vits14": dinov2("dinov2_vits14", 384),
     "dinov2_vitb14": dinov2("dinov2_vitb14", 768),
-}
-# fmt: on
+}  # fmt: skip
 OVERFEAT_BYTES = {"overfeat": 578_625_952, "overfeat-fast": 583_683_488}  # whole files
 
 
@@ -115,11 +110,8 @@ def out_size(n, rows):
 
 
 def geometry(rows):
-    """(stride, receptive field, centre): cell i sees `field` pixels around centre + stride * i.
-
-    The centre is a half integer where windows are even: they lie between two pixels.
-    """
-    stride, field, centre = 1, 1, 0.0
+    """(stride, receptive field, centre): cell i sees `field` pixels around centre + stride * i."""
+    stride, field, centre = 1, 1, 0.0  # a half integer if windows are even: between two pixels
     for row in rows:
         reach = row.dilation * (row.kernel - 1)
         field += reach * stride
@@ -137,8 +129,7 @@ def in_size(cells, rows):
 def centring(n, rows):
     """(left, right, cells, offset): zero padding that puts cell i on pixel stride * i + offset.
 
-    n: side of the image in pixels; ceil(n / stride) cells; offset: 0, or 0.5 of even windows.
-    """
+    n: side of the image in pixels; ceil(n / stride) cells; offset: 0, or 0.5 of even windows."""
     stride, _, centre = geometry(rows)
     cells, left = math.ceil(n / stride), max(0, math.floor(centre))
     return left, max(0, in_size(cells, rows) - n - left), cells, centre - left
@@ -148,8 +139,7 @@ def dense_rows(rows, factor):
     """The same net on a grid `factor` times finer: strides removed, later rows dilated (section 4).
 
     One pass equals the factor**2 passes over shifted inputs that the paper stitches together.
-    Raises ValueError where factor does not divide the stride, or part of it is a module's.
-    """
+    Raises ValueError where factor does not divide the stride, or part of it is a module's."""
     stride = geometry(rows)[0]
     if factor < 1 or stride % factor:
         raise ValueError(f"dense {factor}: it must divide the stride, {stride}")
@@ -203,8 +193,7 @@ def tag_loss(image_scores, tags, form="softmax"):
     """Eq. 2 and 3: minus the log-likelihood of each image's tags.
 
     image_scores (B, K); tags (B, K) of 0/1, at least one an image -> (B,). "softmax": the paper's;
-    several tags share the target equally. "sigmoid": every class on its own.
-    """
+    several tags share the target equally. "sigmoid": every class on its own."""
     if form == "sigmoid":
         return F.binary_cross_entropy_with_logits(image_scores, tags, reduction="none").mean(1)
     return F.cross_entropy(image_scores, tags / tags.sum(1, keepdim=True), reduction="none")
@@ -224,8 +213,7 @@ class Net(nn.Module):
     for all that remain. train_convs: -1 trains the whole trunk. generator: a CPU torch.Generator
     for the first weights. What `infer.predict` goes by: dense: how many times finer than the stride
     the score map is; sides: an image is seen at each area side x side (empty: as it is); amp: in
-    bfloat16.
-    """
+    bfloat16."""
 
     def __init__(self, trunk, classes, head=(), kernel=(3,), aggregation="lse", r=5.0, dropout=0.5,
                  train_convs=0, dense=1, sides=(), amp=False, generator=None):  # fmt: skip
@@ -264,21 +252,26 @@ class Net(nn.Module):
             constant = torch.tensor(value).float().view(1, -1, 1, 1)
             self.register_buffer(name, constant, persistent=False)
 
+    def train(self, mode=True):
+        """As for any module, but a pretrained one in the trunk keeps to inference."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
     def run(self, x, rows, convs, dropout=0.0):
         """Apply rows, with the convolutions' weights in order."""
         convs = iter(convs)
         for row in rows:
             if row.kind == "pool":
                 x = F.max_pool2d(x, row.kernel, row.stride, dilation=row.dilation)
-                continue
-            layer = next(convs)
-            if row.kind == "module":
+            elif row.kind == "module":
                 h, w = (n // row.stride * row.stride for n in x.shape[2:])
-                x = self.spec.hub[2](layer, x[:, :, :h, :w])
-                continue
-            x = F.conv2d(x, layer.weight, layer.bias, row.stride, row.pad, row.dilation)
-            if layer is not self.head[-1]:  # Eq. 1: nothing after the last
-                x = F.dropout(F.relu_(x), dropout)
+                x = self.spec.hub[2](next(convs), x[:, :, :h, :w])
+            else:
+                layer = next(convs)
+                x = F.conv2d(x, layer.weight, layer.bias, row.stride, row.pad, row.dilation)
+                if layer is not self.head[-1]:  # Eq. 1: nothing after the last
+                    x = F.dropout(F.relu_(x), dropout)
         return x
 
     def normalise(self, images):
@@ -313,8 +306,7 @@ class Net(nn.Module):
         """Score map of whole images, padded so that cell i sits on pixel step * i + offset.
 
         images (B, 3, H, W) in 0..255; factor: as for dense_rows.
-        Returns scores (B, K, ceil(H/step), ceil(W/step)), step and offset in pixels.
-        """
+        Returns scores (B, K, ceil(H/step), ceil(W/step)), step and offset in pixels."""
         rows, depth = dense_rows(self.rows, factor), len(self.spec.rows)
         top, bottom, h, offset = centring(images.shape[2], rows)
         left, right, w, _ = centring(images.shape[3], rows)
@@ -328,8 +320,7 @@ def upsample(scores, size, step, offset, seen=None):
     """Bilinear interpolation from cells to pixels, exact for any step and offset; constant outside.
 
     scores (B, K, h, w), cell i on pixel step * i + offset of the image that the net has seen; size:
-    (H, W) wanted; seen: (H', W') of that image, if it was at another resolution -> (B, K, H, W).
-    """
+    (H, W) wanted; seen: (H', W') of that image, if it was at another resolution -> (B, K, H, W)."""
     matrices = []  # (H, h) and (W, w): weights of the cells in each pixel
     for n, cells, n_seen in zip(size, scores.shape[2:], seen or size):
         pixels = torch.arange(n, device=scores.device)
@@ -343,9 +334,7 @@ def upsample(scores, size, step, offset, seen=None):
 def hub_module(repository, name):
     """A network of torch.hub, whose code runs here, without weights. Raises OSError."""
     try:
-        return torch.hub.load(
-            repository, name, pretrained=False, trust_repo=True, verbose=False
-        ).eval()
+        return torch.hub.load(repository, name, pretrained=False, trust_repo=True, verbose=False)
     except Exception as e:  # the network's errors, and whatever foreign code raises
         why = f"no code of torch.hub's {repository} ({e}); needs a network, or a checkout of it"
         raise OSError(None, why, name) from e
@@ -361,40 +350,30 @@ def read_overfeat(path, name, params):
     return [block.view_as(p) for block, p in zip(torch.from_numpy(values).split(sizes), params)]
 
 
-def read_state(path, url, check_hash):
+def read_state(path, url):
     """A state dict from a file or, where there is no path, fetched from its public address."""
     options = {"map_location": "cpu", "weights_only": True}
     if path:
         return torch.load(path, **options)
-    return torch.hub.load_state_dict_from_url(url, check_hash=check_hash, **options)
-
-
-def vgg_tensors(state):
-    """features.N.weight and features.N.bias of a state dict, in order; N counts ReLUs and pools."""
-    tensors = []
-    for n in range(99):
-        if f"features.{n}.weight" in state:
-            tensors += [state[f"features.{n}.weight"], state[f"features.{n}.bias"]]
-    return tensors
+    return torch.hub.load_state_dict_from_url(url, check_hash=True, **options)
 
 
 def load_trunk(net, path=""):
-    """Fill the trunk from OverFeat's file or a state dict; without a path that is fetched.
-
-    Raises OSError naming the file, what was found and what was expected.
-    """
+    """Fill the trunk from a file, or from its public address. Raises OSError that names it."""
     name, source, params = net.trunk_name, net.spec.weights, list(net.trunk.parameters())
     expected = f"expected {name}'s {len(params)} tensors, given by --weights FILE"
     if not path and source == "file":
         raise OSError(None, f"no weights; {expected} (README.md, Weights)", name)
     try:
         if net.spec.hub:
-            net.trunk[0].load_state_dict(read_state(path, source, check_hash=False))
+            net.trunk[0].load_state_dict(read_state(path, source))
             blocks = params
         elif source == "file":
             blocks = read_overfeat(path, name, params)
         else:
-            blocks = vgg_tensors(read_state(path, source, check_hash=True))
+            state = read_state(path, source)
+            keys = [f"features.{n}.{part}" for n in range(99) for part in ("weight", "bias")]
+            blocks = [state[key] for key in keys if key in state]  # ReLUs, pools have numbers too
         if [b.shape for b in blocks] != [p.shape for p in params]:
             raise ValueError(f"{len(blocks)} tensors, or others")
         if not all(b.isfinite().all() for b in blocks):
@@ -449,16 +428,13 @@ def read_checkpoint(path):
 
 def build_net(settings, classes, generator=None):
     """The Net of a run's settings, a dict. Raises ValueError, and others where they make none."""
-    of_weights = ("trunk", "head", "kernel", "train_convs", "aggregation", "r", "dropout")
-    chosen = {name: settings[name] for name in (*of_weights, "dense", "sides", "amp")}
+    names = "trunk head kernel train_convs aggregation r dropout dense sides amp"
+    chosen = {name: settings[name] for name in names.split()}
     return Net(classes=classes, generator=generator, **chosen)
 
 
 def load_weights(net, ckpt):
-    """Fill net, which holds its public trunk already, from a checkpoint.
-
-    Raises ValueError or RuntimeError where tensors do not fit, or it was trained on another trunk.
-    """
+    """Fill net, its public trunk apart, from a checkpoint. Raises ValueError, RuntimeError."""
     missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
     odd = unexpected + [name for name in missing if not name.startswith("trunk.")]
     if odd or not all(x.isfinite().all() for x in ckpt["model"].values()):
@@ -471,12 +447,13 @@ def load_weights(net, ckpt):
 def load_net(path, weights="", device="cpu", dense=None, sides=None):
     """(net in eval mode, checkpoint). weights: the trunk's file; dense, sides: in place of its own.
 
-    Raises what the functions above raise.
-    """
+    Raises what the functions above raise."""
     ckpt = read_checkpoint(path)
     net = build_net(ckpt["settings"], ckpt["classes"])
     if net.spec.weights:
         load_trunk(net, weights or ckpt["settings"]["weights"])
+    elif weights:
+        raise ValueError(f"its trunk, {net.trunk_name}, takes no --weights")
     load_weights(net, ckpt)
     net.dense_factor = net.dense_factor if dense is None else dense
     dense_rows(net.rows, net.dense_factor)  # raises ValueError where it does not divide the stride
@@ -494,7 +471,7 @@ def pick_device(name="auto"):
     if torch.cuda.is_available():
         known = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *known]
     if name not in ("auto", *known):
-        raise argparse.ArgumentTypeError(f"no '{name}' here; expected auto, {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"no device '{name}'; expected auto, {', '.join(known)}")
     return torch.device(known[0] if name == "auto" else name)
 
 
@@ -537,9 +514,7 @@ def main():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("trunk", nargs="?", choices=list(TRUNKS), help="its layer table [list all]")
     parser.add_argument("--bench", action="store_true", help="measure the trunk in fp32 and bf16")
-    parser.error = lambda message: parser.exit(
-        2, f"model.py: {message} (--help lists the options)\n"
-    )
+    parser.error = lambda message: parser.exit(2, f"model.py: {message} (see --help)\n")
     args, device = parser.parse_args(), pick_device()
     rows_alone = [name for name in TRUNKS if not TRUNKS[name].hub]  # hub's need a network
     for name in [args.trunk] if args.trunk else rows_alone:

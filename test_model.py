@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -38,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"  # a devkit and weights, where the project is developed
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared: no real photographs")
 torch.set_num_threads(1)
+gc.freeze()  # what is imported is never searched for garbage
 pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # the lock of a run that was refused
@@ -57,12 +59,7 @@ FOLDER = f"train folder {SMALL} --images photos --tags tags.csv --out o"
 OPENED = []  # every file that Python opens
 
 
-def note_opened(event, args):
-    if event == "open":
-        OPENED.append(str(args[0]))
-
-
-sys.addaudithook(note_opened)
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
 
 
 # ---------------------------------------------------------------- helpers
@@ -86,7 +83,7 @@ def run(command):
         data.run_cli(sys.modules[script].main)
     status = end.value.code or 0
     del end
-    gc.collect()  # the lock on a refused run's folder goes with its frames
+    gc.collect()  # with its frames goes a refused run's lock on its folder
     return status, out.getvalue(), err.getvalue()
 
 
@@ -152,9 +149,8 @@ def save_vgg(path, seed=0):
     """A file in the public VGG16's layout, where ReLUs and pools count too, with random numbers."""
     torch.manual_seed(seed)
     layers = model.Net("vgg16", ["background", "cat"]).trunk
-    numbers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     state = {}
-    for n, layer in zip(numbers, layers, strict=True):
+    for n, layer in zip([0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28], layers, strict=True):
         state[f"features.{n}.weight"] = layer.weight.detach()
         state[f"features.{n}.bias"] = layer.bias.detach()
     torch.save(state, path)
@@ -172,9 +168,8 @@ def test_overfeats_geometry_is_the_papers():
     assert model.geometry(rows) == (12, 245, 74)
 
     lines = model.layer_table(rows, 400)
-    cells = [line["cells"] for line in lines]
     parameters = [line["params"] for line in lines]
-    assert cells == [197, 65, 59, 29, 29, 29, 29, 29, 27, 25, 23, 21]
+    assert [line["cells"] for line in lines] == [197, 65, 59, 29, 29, 29, 29, 29, 27, 25, 23, 21]
     assert sum(parameters[:8]) == 18_916_480
     assert parameters[8:] == [9_438_208, 7_078_656, 3_539_456, 96_789]
     assert sum(line["GFLOPs"] for line in lines[:8]) == pytest.approx(39.2, abs=0.2)
@@ -207,22 +202,6 @@ def test_padding_centres_cells_on_multiples_of_the_stride(name):
             assert middle_of_field(rows, cell) - left == stride * cell + offset
 
 
-def test_a_cell_sees_the_pixels_of_its_receptive_field():
-    """Gradients of one cell reach the field that `geometry` tells, and no pixel beside it."""
-    net = model.Net("tiny", ["background", "cat"], [8]).double()
-    for p in net.parameters():
-        p.data.abs_()  # no unit is dead
-    x = torch.rand(1, 3, 99, 99, dtype=torch.double, requires_grad=True)
-    scores = net.run(x, net.rows, [*net.trunk, *net.head])
-    scores[0, :, 5, 5].sum().backward()
-    seen = torch.where(x.grad.abs().sum((0, 1, 2)) > 0)[0]
-    stride, field, centre = model.geometry(net.rows)
-    assert middle_of_field(net.rows, 5) == centre + 5 * stride
-    assert seen.min() >= centre + 5 * stride - (field - 1) / 2
-    assert seen.max() <= centre + 5 * stride + (field - 1) / 2
-    assert seen.max() - seen.min() > field - 6  # a pool passes on its largest input alone
-
-
 # Bytes of OverFeat's files, and their layers (out, in, kernel, stride, pad) or the side of a pool:
 # from the released sources, not from model.py.
 # fmt: off
@@ -250,28 +229,19 @@ def random_overfeat(name):
     return np.concatenate(values).astype("<f4")
 
 
-def each_window(function, x, kernel, stride):
-    """x (D, h, w) -> (values, h', w') of function(window), for one window after the other."""
-    rows = []
-    for top in range(0, x.shape[1] - kernel + 1, stride):
-        row = []
-        for left in range(0, x.shape[2] - kernel + 1, stride):
-            row.append(function(x[:, top : top + kernel, left : left + kernel]))
-        rows.append(np.stack(row, 1))
-    return np.stack(rows, 1)
-
-
 def slow_layer(layer, x, values):
-    """One layer of OverFeat in numpy; returns its output and the values that are left."""
+    """One layer of OverFeat in numpy, x (D, h, w); returns its output and the values left over."""
     if isinstance(layer, int):
-        return each_window(lambda window: window.max((1, 2)), x, layer, layer), values
+        windows = np.lib.stride_tricks.sliding_window_view(x, (layer, layer), (1, 2))
+        return windows[:, ::layer, ::layer].max((3, 4)), values
     out, channels, kernel, stride, pad = layer
     count = out * channels * kernel * kernel
-    weight = values[:count].reshape(out, -1).astype(np.float64)
+    weight = values[:count].reshape(out, channels, kernel, kernel).astype(np.float64)
     bias = values[count : count + out]
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
-    y = each_window(lambda window: weight @ window.ravel() + bias, padded, kernel, stride)
-    return np.maximum(y, 0), values[count + out :]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), (1, 2))
+    y = np.tensordot(weight, windows[:, ::stride, ::stride], ((1, 2, 3), (0, 3, 4)))
+    return np.maximum(y + bias[:, None, None], 0), values[count + out :]
 
 
 @pytest.mark.parametrize("name", SLOW_OVERFEAT)
@@ -305,14 +275,12 @@ def test_other_weight_files_are_named(size, why):
     assert e.value.filename == "weights"
 
 
-@pytest.mark.parametrize("name, factors", [("overfeat", (2, 3, 12)), ("overfeat-fast", (4, 16)),
-                                           ("vgg16", (2, 4)), ("tiny", (2, 4))])  # fmt: skip
+@pytest.mark.parametrize("name, factors", [("overfeat", (2, 3, 12)), ("overfeat-fast", (16,)),
+                                           ("tiny", (2, 4))])  # fmt: skip
 @torch.no_grad()
 def test_dense_equals_shift_and_stitch(name, factors):
     """In float64, on odd sizes, with narrow layers in the place of the wide ones."""
     rows = [row._replace(out=min(row.out, 4)) for row in model.TRUNKS[name].rows]
-    if name == "vgg16":  # zeros that pad a shifted input are other pixels' there
-        rows = [row._replace(pad=0) for row in rows]
     rows += [model.conv(5, 3), model.conv(3, 3)]
     convs, channels = [], 3
     for row in rows:
@@ -320,7 +288,7 @@ def test_dense_equals_shift_and_stitch(name, factors):
             convs.append(torch.nn.Conv2d(channels, row.out, row.kernel, dtype=torch.double))
             channels = row.out
     net = model.Net("tiny", ["background", "cat"])
-    x = torch.randn(1, 3, 317, 291, dtype=torch.double)
+    x = torch.randn(1, 3, 233, 215, dtype=torch.double)
     stride = model.geometry(rows)[0]
     for factor in factors:
         step = stride // factor
@@ -400,26 +368,12 @@ def test_pixel_loss_is_each_cells_and_void_has_none():
 @pytest.mark.parametrize("train_convs, frozen", [(0, 3), (1, 2), (-1, 0)])
 def test_frozen_means_frozen(train_convs, frozen):
     net = model.Net("tiny", ["background", "cat"], [8], train_convs=train_convs).train()
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    image = torch.ones(1, 3, 96, 96)
-    features = net.frozen(image)
-    assert torch.equal(net.frozen(image), features)  # no dropout
-    assert not features.requires_grad
+    features = net.frozen(torch.ones(1, 3, 96, 96))
+    assert torch.equal(net.frozen(torch.ones(1, 3, 96, 96)), features)  # no dropout
     net.scores(features).sum().backward()
-    trained = [p for p in net.parameters() if p.requires_grad]
-    torch.optim.SGD(trained, 0.1, weight_decay=0.1).step()
-    for name, tensor in net.state_dict().items():
+    for name, p in net.named_parameters():
         part, number, _ = name.split(".")
-        is_frozen = part == "trunk" and int(number) < frozen
-        assert torch.equal(tensor, before[name]) == is_frozen, name
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_bfloat16_only_where_the_device_has_it(has, monkeypatch):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": has}, raising=False)
-    out = ok(f"{TOY} --steps 2 --amp --out o")
-    assert ("in bfloat16" in out) == has
-    assert model.load_net("o/ckpt.pt")[0].amp == has
+        assert (p.grad is None) == (part == "trunk" and int(number) < frozen), name
 
 
 # ---------------------------------------------------------------- the measure
@@ -448,26 +402,19 @@ def test_scorer_gives_the_worked_vector():
     assert report["mean_iou"] == pytest.approx(130 / 3)
 
 
-def test_scorer_refuses_255_other_sizes_and_unknown_classes():
-    truth = np.array([[0, 2, 255]], np.uint8)
-    for guess, classes, why in (
-        ([[0, 2, 255]], 3, "255 is not allowed"),  # though the truth is void there
-        ([[0, 2, 3]], 3, "holds index 3"),
-        ([[0, 2]], 3, "nothing is resized"),
-        ([[0, 0, 0]], 2, "its truth holds index 2"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            eval_voc.confusion(truth, np.array(guess, np.uint8), classes)
-
-
 def test_truth_scores_100_and_is_packed_as_the_server_wants_it():
+    colours = (
+        "000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000 c08000"
+        " 400080 c00080 408080 c08080 004000 804000 00c000 80c000 004080"
+    )
+    assert data.voc_palette()[:21].tobytes().hex(" ", 3) == colours
+    assert data.voc_palette()[255].tolist() == [224, 224, 192]
     masks = make_voc()
     for i, mask in masks.items():
         data.save_labels(f"pred/{i}.png", np.where(mask == 255, 0, mask))
     ok("eval_voc score pred --voc VOC2012 --json s.json")
     report = json.loads(Path("s.json").read_text())
-    assert report["mean_iou"] == 100
-    assert report["images"] == 4
+    assert (report["mean_iou"], report["images"]) == (100, 4)
     assert list(report["iou"]) == data.VOC_CLASSES
 
     ok("eval_voc submit pred --voc VOC2012 --set val --out r.tgz")
@@ -489,15 +436,6 @@ def test_scorer_lists_all_problems_at_once():
     command = "eval_voc score pred --voc VOC2012 --json s.json"
     refused(command, "4 of 4", "val_0.png: ", "255", "val_1.png: ", "resized", "val_2", "val_3")
     assert not Path("s.json").exists()
-
-
-def test_palette_is_the_devkits():
-    colours = (
-        "000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000 c08000"
-        " 400080 c00080 408080 c08080 004000 804000 00c000 80c000 004080"
-    )
-    assert data.voc_palette()[:21].tobytes().hex(" ", 3) == colours
-    assert data.voc_palette()[255].tolist() == [224, 224, 192]
 
 
 def test_average_precision_by_hand():
@@ -924,8 +862,8 @@ def test_broken_photographs_are_left_out_and_named_once():
         data.note_broken(photos, {9: "9.png: cut"}, known)
 
 
-# ---------------------------------------------------------------- augmentation and the toy
-def test_augmentation_turns_magnifies_and_shifts():
+# ---------------------------------------------------------------- augmentation and batches
+def test_augmentation_moves_flips_and_lightens():
     """A horizontal ramp tells from where each pixel was taken."""
     ramp = torch.arange(81.0).expand(1, 3, 81, 81)
     draws = torch.full((7, 1), 0.5)  # the middle of every range: nothing moves
@@ -938,25 +876,23 @@ def test_augmentation_turns_magnifies_and_shifts():
         want = 40 + turned / 2 + 0.5 * 81 / 2
         assert moved[0, 0, y, x].item() == pytest.approx(want, abs=0.1)
 
-
-def test_augmentation_flips_brightens_and_raises_contrast():
     image = torch.from_numpy(random_image(0, 20, 20).transpose(2, 0, 1).copy())[None] / 4 + 90
     draws = torch.full((7, 1), 0.5)
-    draws[0] = 0
+    draws[0] = 0  # flipped
     assert torch.allclose(data.augment(image, draws), image.flip(3), atol=1e-3)
-    draws[0], draws[3], draws[4] = 1, 1, 1  # no flip; 20 % of 255 lighter, contrast x1.2
+    draws[0], draws[3], draws[4] = 1, 1, 1  # 20 % of 255 lighter, contrast x1.2
     mean = image.mean()
     want = ((image - mean) * 1.2 + mean + 51).clamp(0, 255)
     assert torch.allclose(data.augment(image, draws), want, atol=1e-2)
 
 
-def test_toy_images_hold_their_tags_alone_and_scenes_more():
-    tags, _, masks = data.toy_drawn(3, 60)
-    assert 5 <= tags.count(set()) <= 20
-    for present, mask in zip(tags, masks):
-        assert set(np.unique(mask)) == {0} | present
-    scenes = data.toy_scenes(3, 12)
-    assert {len(np.unique(labels)) for _, _, labels in scenes} == {2, 3}
+def test_every_epoch_sees_every_image_once_in_another_order():
+    keys = []
+    for step in range(6):
+        keys += train.batch_keys(train.Settings(batch=4), 12, step)
+    order = [i for i, _ in keys]
+    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12))
+    assert order[:12] != order[12:]
 
 
 # ---------------------------------------------------------------- labels under the score map's cells
@@ -1011,9 +947,9 @@ def test_own_labels_change_where_the_scores_do(trunk, size, monkeypatch):
 
 
 # ---------------------------------------------------------------- the feature cache
-def cached(net, photos, **changed):
-    settings = {"trunk": "tiny", "size": 32, "cache": "c", **changed}
-    return train.cached(net, photos, train.Settings(**settings), torch.device("cpu"))
+def cached(net, photos):
+    settings = train.Settings(trunk="tiny", size=32, cache="c")
+    return train.cached(net, photos, settings, torch.device("cpu"))
 
 
 def test_cached_features_are_the_trunks():
@@ -1055,20 +991,13 @@ def test_cache_knows_photographs_by_their_content():
     assert len(list(Path("c").glob("*.npy"))) == 5
 
 
-def test_a_full_disk_is_refused_before_the_work(monkeypatch):
-    make_folder()
-    usage = shutil.disk_usage(".")._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused(FOLDER, "o/cache", "are needed", "make room")
-    assert not list(Path("o/cache").iterdir())
-
-
 @pytest.mark.parametrize("command, file, room", [
     (FOLDER, "o/cache/", 9_000),
     (f"{TOY} --steps 2 --out o", "o/ckpt.pt", 50_000),
 ])  # fmt: skip
-def test_a_disk_that_fills_meanwhile_leaves_nothing_half_written(command, file, room):
-    """Fault 6, for the cache and for the checkpoint: the system refuses to let a file grow."""
+def test_a_full_disk_leaves_nothing_half_written(command, file, room, monkeypatch):
+    """Fault 6, for the cache and the checkpoint: the system refuses to let a file grow. What a
+    cache needs is compared with what is free before the work."""
     resource = pytest.importorskip("resource", reason="no resource limits on this system")
     make_folder()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1079,12 +1008,13 @@ def test_a_disk_that_fills_meanwhile_leaves_nothing_half_written(command, file, 
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     left = {path.name for path in Path("o").rglob("*") if path.is_file()}
     assert left <= {"settings.json", "log.csv", ".lock"}
-    ok(command)
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refused(FOLDER, "o/cache", "are needed", "make room")
 
 
-@pytest.mark.parametrize("cache", ["c", "no"])
-def test_a_loader_process_that_dies_is_one_line(cache, monkeypatch):
-    """Fault 7, for the cache and for the loop."""
+def test_loader_processes_that_die_end_in_one_line(monkeypatch):
+    """Fault 7, for the loop and the cache. Fault 24: features, once cached, need none."""
     load_image = data.load_image
 
     def dies(path, near=None):
@@ -1092,30 +1022,17 @@ def test_a_loader_process_that_dies_is_one_line(cache, monkeypatch):
             os._exit(1)
         return load_image(path, near)
 
+    make_folder()
+    ok(f"{FOLDER} --cache whole")
     monkeypatch.setattr(data, "load_image", dies)
-    make_folder()
-    refused(f"{FOLDER} --workers 1 --cache {cache}", "--workers 1", "/dev/shm", "--workers 0")
-
-
-def test_loader_processes_get_no_copy_of_the_cache(monkeypatch):
-    """Fault 24: with cached features there are none, whatever --workers says."""
-    make_folder()
-    ok(FOLDER)
-    loader = "torch.utils.data.DataLoader"
-    with mock.patch(loader, wraps=torch.utils.data.DataLoader) as loaders:
-        ok(f"{FOLDER} --workers 2")
-    assert {call.kwargs["num_workers"] for call in loaders.call_args_list} == {0}
+    for cache in ("no", "new"):
+        refused(f"{FOLDER} --workers 1 --cache {cache}", "--workers 1", "/dev/shm", "--workers 0")
+    ok(f"{FOLDER} --workers 1 --cache whole")
 
 
 # ---------------------------------------------------------------- tags and lists
-def test_tags_of_a_folder():
-    make_folder(["file,tags", "0.png,dog", "1.png,cat;dog", "2.png,", "3.png,background"])
-    photos = data.folder_photos("photos", "tags.csv")
-    assert photos.classes == ["background", "cat", "dog"]
-    assert photos.tags.tolist() == [[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]]
-
-
 @pytest.mark.parametrize("rows, tags", [
+    (["file,tags", "0.png,dog", "1.png,cat;dog", "2.png,"], [{2}, {1, 2}, {0}]),
     (["0.png,Background", "1.png,cat", "2.png,BACKGROUND;cat"], [{0}, {1}, {1}]),  # fault 9
     (["0.png,dog", "./0.png,cat", "1.png,"], [{1, 2}, {0}]),  # fault 10
     (["0.png,sea lion", "1.png,sea \t lion", "2.png,sea\u00a0lion "], [{1}] * 3),  # fault 11
@@ -1161,15 +1078,11 @@ def test_voc_tags_are_mains_else_the_annotations():
 
 def test_synsets_are_those_of_ilsvrc_that_are_clear():
     """788 of its 1,000 have a class or are background; photographs of others may show a class."""
-    rows = data.read_rows(data.SYNSETS, "synsets", columns=2)
-    table = dict(rows)
-    assert len(table) == 788
-    assert set(table.values()) == set(data.VOC_CLASSES)
+    names = list(dict(data.read_rows(data.SYNSETS, "synsets", columns=2)).values())
+    assert len(names) == 788
+    assert set(names) == set(data.VOC_CLASSES)
     for name, count in (("dog", 118), ("bird", 59), ("cat", 5), ("background", 551)):
-        assert list(table.values()).count(name) == count
-    assert table["n02123045"] == "cat"
-    assert table["n04344873"] == "sofa"
-    assert "n01440764" not in table  # a tench, mostly held by a person
+        assert names.count(name) == count
 
 
 # ---------------------------------------------------------------- masks
@@ -1240,16 +1153,9 @@ def test_a_new_run_moves_the_earlier_one_aside():
     assert Path("o.1/ckpt.pt").read_bytes() == first
     labels = np.load("o/self1.npy")
     assert set(np.unique(labels[1:])) <= {0, 255}
+    refused(f"{again} --lo 3", "--lo")  # moves nothing
     assert "is now in o.2" in ok(again)
     assert Path("o.1/ckpt.pt").read_bytes() == first
-
-
-def test_a_run_that_was_refused_leaves_the_earlier_one_in_place():
-    ok(f"{TOY} --steps 2 --out o")
-    before = Path("o/ckpt.pt").read_bytes()
-    for wrong in ("--lo 3", "--steps x", "--batch 0", "--trunk overfeat"):
-        refused(f"{TOY} --steps 2 --out o {wrong}")
-    assert Path("o/ckpt.pt").read_bytes() == before
 
 
 def test_two_live_runs_never_share_a_folder():
@@ -1266,12 +1172,14 @@ def test_two_live_runs_never_share_a_folder():
 def test_a_run_goes_on_at_another_precision(first, then, monkeypatch):
     """Fault 5: a checkpoint of a machine with bfloat16 on one without, and back; the cache follows."""
     make_folder()
-    monkeypatch.setattr(model, "has_bfloat16", lambda device: first)
+    able = {"amx_bf16": first}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able, raising=False)
     ok(f"{FOLDER} --amp")
-    monkeypatch.setattr(model, "has_bfloat16", lambda device: then)
+    able["amx_bf16"] = then
     for amp in ("--amp", ""):
         out = ok(f"{FOLDER} --steps 4 {amp} --resume")
         assert ("in bfloat16" in out) == then
+    assert model.load_net("o/ckpt.pt")[0].amp == then
 
 
 def test_resuming_with_other_tags_or_settings_is_refused():
@@ -1299,13 +1207,6 @@ def test_a_head_is_refused_on_other_trunk_weights():
     refused(f"{voc} --weights other.pth --steps 6 --resume", "o/ckpt.pt", "other trunk weights")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    ok(f"{TOY} --steps 2 --out o --optimizer sgd")
-    command = f"{TOY} --steps 9 --lr 1e30 --optimizer sgd --out bad"
-    refused(command, "bad: the loss is not finite", "lower --lr")
-    assert not Path("bad/ckpt.pt").exists()
-
-
 def outcome(folder):
     """What equal runs have in common: log.csv but for its times, all weights and moments."""
     ckpt = model.read_checkpoint(f"{folder}/ckpt.pt")
@@ -1322,65 +1223,57 @@ def outcome(folder):
 
 def test_a_killed_run_resumes_bit_exact():
     """SIGKILL at random moments (KILLS=20 for more): a whole checkpoint each time, the same end."""
-    args = f"{TOY} --out"
-    ok(f"{args} whole --steps 60")
-    ok(f"{args} killed --steps 2")
+    ok(f"{TOY} --out whole --steps 60")
+    ok(f"{TOY} --out killed --steps 2")
     assert outcome("whole") != outcome("killed")
-    rng = np.random.default_rng()
+    command = [HERE / "train.py", *f"{TOY} --out killed --steps 60 --resume".split()[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(int(os.environ.get("KILLS", "3"))):
-        command = [sys.executable, HERE / "train.py", *f"{args} killed --steps 60".split()[1:]]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        going = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, text=True,
-                                 env=environment)  # fmt: skip
+        options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+        going = subprocess.Popen([sys.executable, *command], **options)
         for line in going.stdout:
             if "images/s" in line:  # the log's heading: training starts
                 break
-        time.sleep(rng.uniform(0.02, 0.5))
+        time.sleep(np.random.default_rng().uniform(0.02, 0.5))
         going.kill()
         going.communicate()
         assert model.read_checkpoint("killed/ckpt.pt")["step"] >= 2
     with open("killed/log.csv", "a") as file:
         file.write("99,20,0.1,0.1,1\nhalf a l\0")  # written after the last checkpoint
     for workers in (0, 2):  # the second time there is nothing left to do
-        ok(f"{args} killed --steps 60 --resume --workers {workers}")
+        ok(f"{TOY} --out killed --steps 60 --resume --workers {workers}")
         assert outcome("whole") == outcome("killed")
 
 
-def torchrun(file, arguments=""):
-    """Two processes on this machine; stderr, empty if all went well."""
+def torchrun(command):
+    """Run "train argument ..." as two processes on this machine."""
     launcher = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2"
-    command = [sys.executable, *launcher.split(), str(file), *arguments.split()]
+    arguments = [*launcher.split(), HERE / "train.py", *command.split()[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return done.stderr if done.returncode else ""
+    options = {"capture_output": True, "text": True, "env": environment}
+    done = subprocess.run([sys.executable, *arguments], check=False, **options)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["tags", "labels"])
 def test_two_processes_train_as_one(kind):
-    """Fault 25: equal losses over 20 steps, where masks have more void in one image than in another;
-    the second time the two are stopped at step 8 and resumed."""
-    write("join.py", "import os, torch.distributed as d\n"
-          "os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')\n"
-          "d.init_process_group('gloo')\nd.barrier()\nos._exit(0)\n")  # fmt: skip
-    if kind == "tags":
-        why = torchrun("join.py")
-        if why:  # some sandboxes allow no sockets
-            pytest.skip(f"torch cannot join two processes here: {why[-500:]}")
+    """Fault 25: the same losses, where masks have more void in one image than in another; those two
+    are stopped at step 8 and resumed."""
+    try:
+        socket.create_server(("127.0.0.1", 0)).close()
+    except OSError as e:
+        pytest.skip(f"no sockets here: {e}")
     make_masks()
     for n in range(3):
         mask = data.read_labels(f"masks/{n}.png").copy()
         mask[: 6 * n] = 255
         data.save_labels(f"masks/{n}.png", mask)
-    same = "--steps 20 --log-every 1 --dropout 0 --optimizer sgd --lr 0.01"
-    command = f"{MASKED if kind == 'labels' else FOLDER} {same} --out"
-    ok(f"{command} one")
-    parts = [f"{command} two"]
+    command = f"{FOLDER if kind == 'tags' else MASKED} --log-every 1 --dropout 0 --optimizer sgd"
+    command += " --schedule steps --lr 0.01 --out"
+    ok(f"{command} one --steps 20")
     if kind == "labels":
-        parts = [f"{command} two --steps 8 --schedule steps", f"{command} two --resume"]
-        parts = [f"{part} --schedule steps" for part in parts]
-        ok(f"{command} one --schedule steps")
-    for part in parts:
-        assert torchrun(HERE / "train.py", part.partition(" ")[2]) == ""
+        torchrun(f"{command} two --steps 8")
+    torchrun(f"{command} two --steps 20 {'--resume' if kind == 'labels' else ''}")
     one = [float(row[2]) for row in outcome("one")[0][1:]]
     two = [float(row[2]) for row in outcome("two")[0][1:]]
     assert len(one) == len(two) == 20
@@ -1399,43 +1292,14 @@ def test_settings_of_the_paper_preset_are_the_papers():
         assert train.schedule(paper, step, stage) == pytest.approx(factor)
 
 
-def test_every_setting_has_its_help():
-    out = ok("train --help")
-    for name in train.Settings.__dataclass_fields__:
-        assert train.flag(name) in out
-
-
-@pytest.fixture
-def toy_run():
-    """out/toy, a finished run, and a photograph to label."""
-    ok(f"{TOY} --steps 2 --out out/toy")
+def test_the_panel_shows_the_prior_and_the_form_that_were_asked_for():
+    ok(f"{TOY} --steps 2 --out o")
     save_photo("photo.png", 0, 60, 80)
-
-
-def test_options_are_obeyed_in_the_panel(toy_run):
-    """Fault 20: the panel shows the prior and the form of Eq. 7 that were asked for."""
     pictures = set()
     for more in ("", "--no-ilp", "--ilp-form all", "--prior sppxl", "--prior bb", "--prior seg"):
-        ok(f"infer out/toy/ckpt.pt photo.png --panel p.png {more}")
+        ok(f"infer o/ckpt.pt photo.png --panel p.png {more}")
         pictures.add(Path("p.png").read_bytes())
     assert len(pictures) == 6
-
-
-def test_bb_and_seg_wait_for_their_thresholds(toy_run):
-    """Fault 20: a checkpoint of a run that has not ended has none."""
-    ckpt = model.read_checkpoint("out/toy/ckpt.pt")
-    torch.save({**ckpt, "thresholds": {}}, "early.pt")
-    ok("infer early.pt photo.png --prior sppxl")
-    for prior in ("bb", "seg"):
-        refused(f"infer early.pt photo.png --prior {prior}", "early.pt", "--resume")
-
-
-def test_labels_never_replace_a_photograph_or_each_other(toy_run):
-    save_photo("a/x.png")
-    save_photo("b/x.png")
-    refused("infer out/toy/ckpt.pt a b --out l", "a/x.png", "b/x.png")
-    refused("infer out/toy/ckpt.pt photo.png --out .", "photo.png", "--out")
-    refused("infer out/toy/ckpt.pt photo.png photo.png --out l", "photo.png")
 
 
 # ---------------------------------------------------------------- malformed files and flags
@@ -1474,98 +1338,94 @@ CSV = f"train folder {SMALL} --images VOC/JPEGImages --tags t.csv --out out"
 PAPER = f"train paper {SMALL} --imagenet . --synsets s.csv --out out"
 
 
+MASKS = f"{VOC} --masks masks --no-jitter --cache no"
+
+
 def malformed_files():
-    """(command, the file that it reads, wrong contents of it)."""
+    """(command, a file that it reads, wrong contents of it, and what the line says but its name)."""
     cache = next(Path("run/cache").glob("*.npy"))
-    arrays = [as_bytes(np.save, np.ones(3)), as_bytes(np.save, np.array([Evil()]))]
-    yield f"{VOC} --cache run/cache", str(cache), [b"", cache.read_bytes()[:-9], *arrays]
-    yield f"{VOC} --cache run/cache", str(cache.with_suffix(".json")), [b"", b"3", b'["x"]']
+    arrays = [cache.read_bytes()[:-9], as_bytes(np.save, np.ones(3))]
+    arrays.append(as_bytes(np.save, np.array([Evil()])))
+    yield f"{VOC} --cache run/cache", cache, arrays
+    yield f"{VOC} --cache run/cache", cache.with_suffix(".json"), [b"", b"3"], cache.name
 
     picture = png(random_image(0, 24, 30))
     bomb = picture[:16] + bytes([0, 0, 120, 99]) * 2 + picture[24:]  # 30,819 x 30,819 pixels
-    broken = [b"", b"hello", picture[:60], picture[:-99], bomb]
-    yield LABEL.replace("photo", "x"), "x.png", broken
-    yield VOC, "VOC/JPEGImages/b.jpg", broken
+    yield LABEL.replace("photo", "x"), "x.png", [b"", picture[:-99], bomb]
+    yield VOC, "VOC/JPEGImages/b.jpg", [b"hello", picture[:60]]
 
     # Faults 16, 17 and 19: 255 for objects, none, another size, other colours; class 12 is right.
     plain = np.full((24, 30), 12, np.uint8)
-    void, empty, above = png(plain + 243), png(plain * 0), png(plain + 65)
+    void, empty, other, above = png(plain + 243), png(plain * 0), png(plain - 1), png(plain + 65)
     turned, colours, deep = png(plain.T), png(plain, [9, 8, 7]), png(plain.astype(np.uint16))
-    masks = [b"", picture, above, turned, colours, deep]
-    yield f"{VOC} --masks masks --no-jitter --cache no", "masks", [void, empty, png(plain - 1)]
-    yield f"{VOC} --masks masks --no-jitter --cache no", "masks/b.png", masks
-    yield SCORE, "masks/b.png", [*masks, void]
-    yield SUBMIT, "masks/b.png", [*masks, void, empty]
-    yield LADDER, "VOC/SegmentationClass/b.png", masks
-    yield SCORE, "object", [void, empty]
+    yield MASKS, "masks/b.png", [void, empty, other], "without any of their classes"
+    yield MASKS, "masks/b.png", [colours], "save them as plain grey"
+    yield MASKS, "masks/b.png", [b"", picture, above, turned]
+    yield SCORE, "masks/b.png", [b"", picture, above, turned, deep, void]
+    yield SCORE, "VOC/SegmentationClass/b.png", [void, empty], "no object"
+    yield LADDER, "VOC/SegmentationClass/b.png", [above, turned]
+    yield SUBMIT, "masks/b.png", [above, turned, empty]
 
     # Faults 11 and 12: several names in one, other spellings.
-    rows = [b"", b"b.jpg", b"b.jpg,cat,dog", b"no.jpg,cat", b"../../x.jpg,cat", b"\xff", b"b.jpg,"]
+    rows = [b"", b"b.jpg,cat,dog", b"no.jpg,cat", b"../../x.jpg,cat", b"\xff"]
     names = [b'b.jpg,"dog,cat"', b"b.jpg,[dog]", b"b.jpg,dog|cat", b"b.jpg,Dog;dog"]
     yield CSV, "t.csv", rows + names
-    ids = [b"", b"..", b"a\na", b"a\0b", b"\xff"]
-    yield f"{VOC} --set bad", "VOC/ImageSets/Main/bad.txt", ids
-    yield VOC, "VOC/ImageSets/Main/cat_b.txt", [b"b 7", b"b", b"c 1"]
-    xmls = [b"", b"<annotation>", b"<a/>"]
-    for name in (b"helmet", b"Person", b"tv monitor", b""):
-        xmls.append(b"<annotation><object><name>" + name + b"</name></object></annotation>")
-    yield f"{VOC} --set new", "VOC/Annotations/new.xml", xmls
-    yield PAPER, "s.csv", [b"", b"n1", b"n1,emu", b"\0"]
+    yield f"{VOC} --set bad", "VOC/ImageSets/Main/bad.txt", [b"", b"..", b"a\na", b"a\0b"]
+    yield VOC, "VOC/ImageSets/Main/cat_b.txt", [b"b 7", b"c 1"]
+    thing = "<annotation><object><name>{}</name></object></annotation>"
+    xmls = [thing.format(name).encode() for name in ("helmet", "Person", "tv monitor", "")]
+    yield f"{VOC} --set new", "VOC/Annotations/new.xml", [b"<annotation>", b"<a/>", *xmls]
+    yield PAPER, "s.csv", [b"n1", b"n1,emu"]
 
     toy, whole = model.read_checkpoint("toy.pt"), Path("toy.pt").read_bytes()
     nan = {**toy["model"], "head.0.bias": toy["model"]["head.0.bias"] * math.nan}
-    checkpoints = [b"", b"hello", whole[:-100], saved([1])]
+    checkpoints = [b"hello", whole[:-100], saved([1])]
     for change in ({"format": 1}, {"format": Evil()}, {"classes": 3}, {"settings": {}},
                    {"model": {}}, {"model": nan}):  # fmt: skip
         checkpoints.append(saved({**toy, **change}))
+    early = [saved({**toy, "thresholds": {}})]  # of a run that has not ended
     yield LABEL.replace("toy", "bad"), "bad.pt", checkpoints
-    yield f"{VOC} --out run --resume --steps 4", "run/ckpt.pt", checkpoints
-    weights = [b"", b"hello", saved([Evil()]), saved({"features.0.weight": 1}), saved({})]
+    yield f"{LABEL} --prior bb".replace("toy", "bad"), "bad.pt", early, "bad.pt: no thresholds"
+    yield f"{VOC} --out run --resume --steps 4", "run/ckpt.pt", checkpoints[:3]
+    weights = [b"hello", saved([Evil()]), saved({"features.0.weight": 1})]
     yield f"{VOC} --trunk vgg16 --size 96 --weights w.pt", "w.pt", weights
 
     mat = mcg_content(np.zeros((24, 30), int), np.ones((1, 1), bool), np.ones((1, 1)))
-    mats = [b"", b"hello"]
+    mats = [b"hello"]
     for name, value in (("scores", "x"), ("scores", np.ones((2, 1))), ("superpixels", plain[1:])):
         mats.append(as_bytes(scipy.io.savemat, {**mat, name: value}))
     yield f"{LABEL} --prior seg --mcg .", "photo.mat", mats
-    boxes = [b"", b"1 2 3 4", b"1 2 3 4 x", b"1 2 3 4 nan", b"\xff"]
-    yield f"{LABEL} --prior bb --boxes .", "photo.txt", boxes
+    yield f"{LABEL} --prior bb --boxes .", "photo.txt", [b"", b"1 2 3 4", b"1 2 3 4 x", b"\xff"]
 
 
 # Values that are wrong and, of fault 20, options that would do nothing.
 WRONG_FLAGS = {
-    f"{TOY} --out out": "--batch 0|--lr nan|--lr -1|--dropout 2|--seed -1|--train-convs 9|--head 0"
-    "|--head x|--kernel ,|--size 4|--dense 3|--device no|--stesp 5|--trunk no|--r 0"
-    "|--save-every 3|--steps 99999999999999999999|--limit 3|--images photos|--balance 2"
-    "|--self-steps 3|--masks photos",
-    VOC: "--self-rounds 2|--toy-images 3|--sure 0.3|--trunk-lr 1|--imagenet .|--synsets x",
-    f"{VOC} --masks masks --no-jitter --cache no": "--self-steps 3",
-    f"{VOC} --aggregation max": "--r 3",
-    LABEL: "--dense 3|--dense -1|--sides 0|--prior no|--device cuda:99|--set|no.jpg|--voc VOC"
-    "|--boxes .|--mcg .|--weights no",
-    LADDER: "--limit -1|--set ../b|--set a/b|--priors no|--json x.png",
+    f"{TOY} --out out": "--batch 0|--lr nan|--dropout 2|--seed -1|--train-convs 9|--head x|--size 4"
+    "|--kernel ,|--dense 3|--device no|--stesp 5|--r 0|--save-every 3|--limit 3|--images photos"
+    "|--balance 2|--self-steps 3|--masks photos|--lr 1e30 --optimizer sgd --steps 9",
+    VOC: "--self-rounds 2|--toy-images 3|--sure 0.3|--trunk-lr 1|--r 3 --aggregation max",
+    MASKS: "--self-steps 3",
+    LABEL: "--dense 3|--sides 0|--prior no|--device cuda:99|no.jpg|--voc VOC|--boxes .|--mcg ."
+    "|--weights no|--out .|photo.png",  # a label in the place of a photograph, two in one file
+    LADDER: "--limit -1|--set ../b|--priors no|--json x.png",
 }
 
 
 def malformed_inputs():
-    """(command, word to be in the line) with the wrong content in its place, one after the other."""
-    for command, name, contents in malformed_files():
-        is_word = name in ("masks", "object")  # the line names the folder, or what is missing
-        file = Path(
-            {"masks": "masks/b.png", "object": "VOC/SegmentationClass/b.png"}.get(name, name)
-        )
+    """(command, what its line has to say), one after the other, with the wrong file in its place."""
+    for command, name, contents, *words in malformed_files():
+        file = Path(name)
         original = file.read_bytes() if file.exists() else None
         for content in contents:
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(content)
-            yield command, name if is_word else file.name
-        if original is None:
-            file.unlink()
-        else:
+            yield command, words[0] if words else file.name
+        file.unlink()
+        if original is not None:
             file.write_bytes(original)
     for command, flags in WRONG_FLAGS.items():
         for flag in flags.split("|"):
-            yield f"{command} {flag}", re.split("[ =]", flag)[0].strip("-")
+            yield f"{command} {flag}", flag.split()[0].strip("-")
 
 
 def test_malformed_inputs_are_refused_in_one_line_and_leave_nothing(tmp_path):
@@ -1583,7 +1443,7 @@ def test_malformed_inputs_are_refused_in_one_line_and_leave_nothing(tmp_path):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         try:
             refused(command, word)
-        except BaseException as e:
+        except (Exception, pytest.fail.Exception) as e:  # noqa: BLE001 (all are listed at the end)
             wrong.append(f"{command} [{word}]: {type(e).__name__} {str(e)[:300]}")
         for path in tmp_path.rglob("*"):
             begun = path.name in ("settings.json", "log.csv", ".lock") or path.is_dir()
@@ -1601,7 +1461,9 @@ def test_published_head_labels_real_photographs():
     voc = SHARED / "data/VOCdevkit/VOC2012"
     weights = SHARED / "weights/vgg16_features_fp16.pth"
     head = HERE / "assets/voc.pt"
-    ok(f"eval_voc ladder {head} --voc {voc} --weights {weights} --limit 8 --json l.json")
+    ok(
+        f"eval_voc ladder {head} --voc {voc} --weights {weights} --limit 4 --sides 288 --priors refine --json l.json"
+    )
     rows = json.loads(Path("l.json").read_text())["rows"]
     assert rows["ilp+refine"]["mean_iou_defined"] > 35
 
@@ -1614,10 +1476,7 @@ def test_the_readmes_forks_and_lesson_run():
     """Its diffs, applied to a copy of the scripts, train and label; its lesson runs."""
 
     def python(*arguments):
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return subprocess.check_output([sys.executable, *arguments], text=True)
 
     for script in HERE.glob("*.py"):
         shutil.copy(script, ".")
@@ -1642,22 +1501,23 @@ def test_the_readmes_commands_run_as_written(monkeypatch):
         make_voc(name=name, root="VOCdevkit/VOC2012")
     for n, wnid in enumerate(("n01443537", "n01484850", "n01491361")):  # fish: background
         save_photo(f"imagenet/{wnid}/x.JPEG", n, 60, 70)
-    make_folder()
     for n in range(4):
-        Path(f"photos/{n}.png").rename(f"photos/{n}.jpg")
+        save_photo(f"photos/{n}.jpg", n)
     write("tags.csv", "0.jpg,cat\n1.jpg,cat;dog\n2.jpg,dog\n3.jpg,\n")
     write("synsets.csv", "n01443537,background\n")
     save_vgg("vgg16_features.pth")
     Path("net_weight_1").touch()
     os.truncate("net_weight_1", SLOW_OVERFEAT["overfeat"][0])
-    Path("assets").symlink_to(HERE / "assets")
 
     photographs = "--size 64 --head 8 --self-rounds 1 --self-steps 1 --batch 4"
-    small = {
-        "voc": photographs,
-        "folder": photographs,
-        "paper": "--batch 1 --head 8 --workers 0 --synsets synsets.csv",
-    }
+    masked = "--size 64 --head 8 --batch 4"
+    small = {"voc": photographs, "folder": photographs,
+             "paper": "--batch 1 --head 8 --workers 0 --synsets synsets.csv"}  # fmt: skip
+    ends = "--steps 1 --threshold-images 1 --device cpu"
+    ok(f"train voc --voc VOCdevkit/VOC2012 --weights vgg16_features.pth {photographs} {ends}")
+    Path("assets").mkdir()
+    shutil.move("out/voc/head.pt", "assets/voc.pt")  # the published one is of other weights
+
     lines = re.findall(
         r"^python (?!-m)(.*?)(?:  #.*)?$", (HERE / "README.md").read_text(), re.MULTILINE
     )
@@ -1667,9 +1527,8 @@ def test_the_readmes_commands_run_as_written(monkeypatch):
         script, first = [*command.split(), "toy"][:2]
         if script == "train":
             more = small.get(first, "--toy-images 8 --toy-scenes 1 --batch 4")
-            if "--masks" in command:
-                more = more.replace("--self-rounds 1 --self-steps 1", "")
-            command = f"{command} {more} --steps 1 --threshold-images 1 --device cpu"
+            more = masked if "--masks VOC" in command else more
+            command = f"{command} {more} {ends}"
         ok(command)
     for file in ("results.tgz", "out/toy/scores.json", "out/folder/panel.png"):
         assert Path(file).exists()

@@ -51,8 +51,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 class Settings:
     """Every setting is a flag; its comment is its help, whose first word says what it takes.
 
-    N: 0, 1, ...; M: 1, 2, ...; X: 0 or more; P: 0 or more, below 1.
-    """
+    N: 0, 1, ...; M: 1, 2, ...; X: 0 or more; P: 0 or more, below 1."""
 
     # what a preset needs
     voc: str = ""  # DIR: voc: the devkit's VOC2012 folder
@@ -128,10 +127,11 @@ NEEDS = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}
 CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": ["softmax", "sigmoid"],
            "optimizer": ["sgd", "adam"], "schedule": ["steps", "cosine"]}
 RANGES = {"N": (0, 2**32), "M": (1, 2**32), "X": (0, math.inf), "P": (0, 1)}  # low <= x < high
-PATHS = ["voc", "imagenet", "images", "tags", "weights", "background", "synsets", "masks", "cache",
-         "out"]
+PATHS = ["voc", "imagenet", "images", "tags", "weights", "background", "synsets", "cache", "out"]
 MAY_CHANGE = [*PATHS, "device", "compile", "workers", "threshold_images", "toy_scenes", "dense",
               "sides", "save_every", "steps", "self_steps", "self_rounds", "resume"]  # on --resume
+RUN_FILES = ["ckpt.pt", "head.pt", "log.csv", "settings.json", "scores.json", "curves.png",
+             "panel.png"]
 # fmt: on
 
 
@@ -180,11 +180,14 @@ def train(net, batches, optimizer, s, stage, settings):
         if done % s.log_every == 0 or saves:
             loss, losses = torch.stack(losses).mean().item(), []
             if not math.isfinite(loss):
-                why = f"the loss is not finite before step {done}; lower --lr"
-                raise InputError(f"{out}: {why}; ckpt.pt there is the last one that was")
+                raise InputError(f"{out}: the loss before step {done} is not finite; lower --lr")
             if RANK == 0:
-                speed = (done - stage.first) * s.batch / (time.perf_counter() - start)
-                log_line(out / "log.csv", done, s.batch, loss, factor * s.lr, speed, stage.end)
+                lr = factor * s.lr
+                rate = (done - stage.first) * s.batch / (time.perf_counter() - start)
+                left = (stage.end - done) * s.batch / rate
+                print(f"{done:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
+                with open(out / "log.csv", "a") as file:
+                    file.write(f"{done},{done * s.batch},{loss:.6f},{lr:.3e},{rate:.1f}\n")
 
         # Save, whole or not at all.
         if saves and RANK == 0:
@@ -262,8 +265,7 @@ def make_batches(photos, s, device, stage):
         asked = time.perf_counter()
         indices, images, labels, found = next(batches)
         waited += time.perf_counter() - asked
-        if found:
-            data.note_broken(photos, found, broken)
+        data.note_broken(photos, found, broken)
         if images is None:  # all of them broken: the other processes count on this one
             images = torch.zeros(0, 3, s.size, s.size)
             labels = None if photos.cells is None else torch.from_numpy(photos.cells[:0])
@@ -289,10 +291,7 @@ def at_cells(net, size, labels):
 
 
 def mask_labels(net, photos, masks, s):
-    """(N, h, w) uint8 under the cells, from masks: a path or array each, None: all background.
-
-    Raises InputError where a mask is not its photograph's, and where most lack all its tags.
-    """
+    """(N, h, w) uint8 under the cells, from masks: a path or array each, None: all background."""
     cells, strange = [], 0
     for i, mask in enumerate(data.progress(masks, "masks read")):
         if mask is None:
@@ -302,13 +301,15 @@ def mask_labels(net, photos, masks, s):
         else:
             labels = data.read_mask(mask, photos.paths[i], len(photos.classes))
         present = np.flatnonzero(photos.tags[i])
-        strange += present[0] > 0 and not np.isin(present, labels).any()
+        alien = np.setdiff1d(labels, [*present, 0, VOID]).size > 0
+        strange += present[0] > 0 and (alien or not np.isin(present, labels).any())
         cells.append(at_cells(net, s.size, labels))
     objects = int((photos.tags[:, 0] == 0).sum())
-    counts = f"{strange} of {objects} tagged photographs have masks without any of their classes"
-    if strange > objects / 2:
-        wanted = f"expected pixels of 0..{len(photos.classes) - 1}, objects not marked by 255"
-        raise InputError(f"--masks {s.masks}: {counts}; {wanted}")
+    counts = (
+        f"{strange} of {objects} tagged photographs have masks of other classes than their tags"
+    )
+    if strange and strange >= objects / 2:
+        raise InputError(f"--masks {s.masks}: {counts}; expected class indices, 255 only as void")
     if strange and RANK == 0:
         print(f"--masks {s.masks}: {counts}")
     return np.stack(cells)
@@ -410,7 +411,7 @@ def problem(preset, s, given):
                 return f"{flag(name)}: {preset} does not read it; did you mean  train.py {other}  ?"
     convs = sum(row.kind != "pool" for row in TRUNKS[s.trunk].rows)
     tags_only = not s.self_steps and not s.masks
-    # fmt: off
+    widths = len(s.head or TRUNKS[s.trunk].head)
     wrong = {
         f"--train-convs: {s.trunk} has {convs}": not -1 <= s.train_convs <= convs,
         f"--save-every: expected a multiple of --log-every, {s.log_every}":
@@ -418,20 +419,22 @@ def problem(preset, s, given):
         f"--batch: it cannot be shared by {WORLD} processes": s.batch % WORLD,
         "--r: expected more than 0": not s.r,
         "--kernel: expected a number or more": not s.kernel,
+        "--masks: the toy's are 'drawn'": preset == "toy" and s.masks not in ("", "drawn"),
         "--self-steps: needs photographs (not toy), a --cache, and no --masks":
             s.self_steps and (preset == "toy" or not s.cache or s.masks),
         "--masks: labels are not cropped or turned; add --no-jitter or --cache, not paper":
             s.masks and (preset == "paper" or s.jitter and not s.cache),
         "--cache: nothing is frozen, or images are cropped afresh; give --cache no":
             s.cache and (s.train_convs < 0 or preset == "paper"),
-    }
+    }  # fmt: skip
     in_vain = {
-        "r": s.aggregation != "lse", "trunk_lr": not s.train_convs, "self_rounds": not s.self_steps,
+        "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
+        "dropout": not widths, "r": s.aggregation != "lse", "trunk_lr": not s.train_convs,
+        "self_rounds": not s.self_steps,
         "sure": not s.self_steps, "balance": tags_only, "set": preset != "voc",
         "background": preset != "voc", "synsets": not s.imagenet and not s.background,
         "limit": preset == "toy", "toy_images": preset != "toy", "toy_scenes": preset != "toy",
-    }
-    # fmt: on
+    }  # fmt: skip
     for text, bad in wrong.items():
         if bad:
             return text
@@ -457,23 +460,24 @@ def claim(out, resume):
         raise InputError(f"{out}: another run writes there; wait, or give another --out") from e
     if resume or not (out / "ckpt.pt").exists():
         return lock
-
     number = 1
-    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+    while (aside := out / f"run{number}").exists():
         number += 1
-    out.rename(aside)
+    aside.mkdir()
+    for path in [*(out / name for name in RUN_FILES), *out.glob("self*.npy")]:
+        if path.exists():
+            path.rename(aside / path.name)
     print(f"{out}: the run that was there is now in {aside}")
-    if (aside / "cache").exists():  # features are found by their content
-        out.mkdir()
-        (aside / "cache").rename(out / "cache")
-    return claim(out, resume)
+    return lock
 
 
 def plain_settings(s, photos):
-    """The settings as a checkpoint keeps them, with a digest of the photographs' names and tags."""
+    """The settings as a checkpoint keeps them, with a digest of the photographs and their labels."""
     names = [Path(p).name for p in photos.paths if not isinstance(p, np.ndarray)]
     digest = hashlib.sha256("\n".join(names).encode() + photos.tags.numpy().tobytes())
-    return {**dataclasses.asdict(s), "photos": digest.hexdigest()[:12]}
+    if photos.cells is not None:
+        digest.update(photos.cells.tobytes())
+    return {**dataclasses.asdict(s), "photos": digest.hexdigest()[:12], "cached": bool(s.cache)}
 
 
 def git_commit():
@@ -492,7 +496,7 @@ def read_resumed(path, settings, net):
         was = {**ckpt["settings"], "classes": ckpt["classes"]}
         now = {**settings, "classes": net.classes}
         fixed = [name for name in now if name not in MAY_CHANGE]
-        if ckpt["step"] > was["steps"]:  # it learns from its own labels already
+        if ckpt["step"] > min(was["steps"], now["steps"]):  # past what those decide
             fixed += ["steps", "self_steps"]
         differ = [f"{k} was {was.get(k)} and is {now[k]}" for k in fixed if was.get(k) != now[k]]
         if differ:
@@ -503,21 +507,14 @@ def read_resumed(path, settings, net):
 
 def begin_log(path, step):
     """Start log.csv; when a run is resumed keep the rows that it had at its checkpoint."""
-    rows = path.read_text(errors="replace").splitlines()[1:] if step and path.exists() else []
-    kept = ["step,samples,loss,lr,images_per_s"]
-    for row in rows:
-        number = row.split(",")[0]
-        if number.isdigit() and int(number) <= step:
-            kept.append(row)
-    data.write_atomically(path, lambda file: file.write("\n".join([*kept, ""]).encode()))
+    text = "step,samples,loss,lr,images_per_s\n"
+    if step and path.exists():
+        for row in path.read_text(errors="replace").splitlines()[1:]:
+            number = row.split(",")[0]
+            if number.isdigit() and int(number) <= step:
+                text += row + "\n"
+    data.write_atomically(path, lambda file: file.write(text.encode()))
     print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
-
-
-def log_line(path, step, batch, loss, lr, speed, end):
-    with open(path, "a") as file:
-        file.write(f"{step},{step * batch},{loss:.6f},{lr:.3e},{speed:.1f}\n")
-    left = f"{(end - step) * batch / speed:6.0f}s"
-    print(f"{step:8} {loss:8.4f} {lr:9.2e} {speed:9.1f} {left}", flush=True)
 
 
 # ---------------------------------------------------------------- several processes
@@ -635,8 +632,8 @@ def finish(net, photos, s, scenes):
     data.write_atomically(out / "head.pt", functools.partial(torch.save, head))
 
     if scenes:
-        options = {"thresholds": ckpt["thresholds"], "boxes": None, "mcg": None}
-        report, _ = eval_voc.ladder(net, scenes, {**options, "ilp_form": "objects"})
+        options = {"boxes": None, "mcg": None, "ilp_form": "objects"}
+        report, _ = eval_voc.ladder(net, scenes, {**options, "thresholds": ckpt["thresholds"]})
         eval_voc.print_ladder(report)
         data.write_json(out / "scores.json", report)
         samples = [(infer.Scene(image), labels) for _, image, labels in scenes[:6]]
@@ -658,6 +655,8 @@ def main():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint; leave out --resume, or give its --out")
     photos, masks = load_photos(preset, s)
     net = prepare_net(s, photos.classes, device)
+    if masks:
+        photos.cells = mask_labels(net, photos, masks, s)
     settings = plain_settings(s, photos)
     saved = read_resumed(out / "ckpt.pt", settings, net) if s.resume else {"step": 0}
     if RANK == 0:
@@ -666,8 +665,6 @@ def main():
         how = {"commit": git_commit(), "command": " ".join(sys.argv)}
         data.write_json(out / "settings.json", {**settings, **how})
         begin_log(out / "log.csv", saved["step"])
-    if masks:
-        photos.cells = mask_labels(net, photos, masks, s)
     if s.cache:
         photos = cached(net, photos, s, device)
 
