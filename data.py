@@ -160,8 +160,8 @@ def read_labels(path):
     """A label PNG as class indices, (H, W) uint8: VOC's palette, or plain grey."""
     expected = "class indices in VOC's palette; if its numbers are that, save them as plain grey"
     with reading(path, expected), Image.open(path) as image:
-        if image.mode not in ("P", "L"):
-            raise ValueError(f"mode {image.mode}, neither palette nor grey")
+        if image.mode not in ("P", "L") or image.tile and image.tile[0][3] in ("L;2", "L;4"):
+            raise ValueError(f"mode {image.mode}, neither palette nor 8-bit grey")
         labels = np.asarray(image)
         colours = np.asarray(image.convert("RGB"))
         if image.mode == "P" and (colours != voc_palette()[labels]).any():
@@ -191,10 +191,10 @@ def to_8_bits(values):
     if not np.isfinite(values).all() or not 0 <= values.min() <= values.max() < 2**16:
         raise ValueError("values below 0, above 16 bits, or NaN")
     scales = [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
-    if values.dtype.kind == "f":
-        scales = [1, *scales]
-    full = next(scale for scale in scales if values.max() <= scale)
-    return values.astype(np.float64) * 255 / full
+    if values.dtype.kind == "f" and values.max() < 2:  # 0..1, and what overshoots
+        scales = [1.0]
+    full = next((scale for scale in scales if values.max() <= scale), 1.0)
+    return (values.astype(np.float64) * 255 / full).clip(0, 255)
 
 
 def load_image(path, near=None):
@@ -212,7 +212,10 @@ def load_image(path, near=None):
         if image.has_transparency_data:  # over white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        pixels = np.asarray(image.convert("RGB"))
+        if pixels.max() < 16:  # what Pillow makes of 12-bit values in 16-bit colours
+            raise ValueError(f"black: no value is above {pixels.max()} of 255")
+        return pixels
 
 
 def shrink(image, longest=1000):
@@ -323,7 +326,7 @@ def with_features(photos, compute, shape, network, folder, workers=0, mirror=Fal
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     file, note = Path(folder, f"{key}.npy"), Path(folder, f"{key}.json")
     full_shape = (len(photos), *shape)
-    if not file.exists():
+    if not file.exists() or not note.exists():
         Path(folder).mkdir(parents=True, exist_ok=True)
         needed, free = 2 * np.prod(full_shape), shutil.disk_usage(folder).free
         sizes = f"{needed / 1e9:.3f} GB are needed, {free / 1e9:.3f} are free"
@@ -338,6 +341,8 @@ def with_features(photos, compute, shape, network, folder, workers=0, mirror=Fal
         broken = set(json.loads(note.read_text()))
         if features.shape != full_shape or features.dtype != np.float16:
             raise ValueError(f"{features.dtype} {features.shape}")
+    if broken:
+        print(f"{len(broken)} photographs could not be read when {file} was made; left out")
     rows = [i for i in range(len(photos)) if i not in broken]
     return dataclasses.replace(photos.take(rows), features=features, rows=rows, mirror=mirror)
 
@@ -396,9 +401,14 @@ def read_mask(path, photo, classes):
 def class_name(text, where):
     """A name with single spaces, composed; raises InputError where it looks like several."""
     name = " ".join(unicodedata.normalize("NFKC", text).split())
-    if set(name) & set(",;|/\\+&:[]{}()<>\"'`=*") or not name.isprintable():
+    if not all(unicodedata.category(c)[0] in "LNM" or c in " -_.'" for c in name):
         raise InputError(f"{where}: class {text!r}; expected plain names, with ';' between tags")
-    return "background" if name.casefold() == "background" else name
+    return "background" if letters(name) in ("background", "bg", "none", "") else name
+
+
+def letters(name):
+    """What two spellings of one name have in common: letters and digits, in lower case."""
+    return "".join(c for c in name.casefold() if unicodedata.category(c)[0] in "LNM")
 
 
 def tagged(paths, tags, classes):
@@ -460,8 +470,9 @@ def voc_tags(voc, name):
             continue  # a set that Main does not know has none of the 20
         with reading(path, expected):
             rows = read_rows(path, expected)
-            if k > 1 and {row[0] for row in rows} != tags.keys():
-                raise ValueError("other ids than the classes before it")
+            ids = {row[0] for row in rows}
+            if len(ids) < len(rows) or k > 1 and ids != tags.keys():
+                raise ValueError("an id twice, or other ids than the classes before it")
             for i, flag, *_ in rows:
                 present, difficult = tags.setdefault(i, (set(), set()))
                 {"1": present, "0": difficult, "-1": set()}[flag].add(k)
@@ -475,7 +486,7 @@ def xml_tags(path):
         root = ElementTree.parse(path).getroot()
         if root.tag != "annotation":
             raise ValueError(f"<{root.tag}> instead of <annotation>")
-        for thing in root.findall("object"):
+        for thing in root.iter("object"):
             name = thing.findtext("name", "").strip()
             if name not in VOC_CLASSES[1:]:
                 raise ValueError(f"'{name}' is no VOC class (own classes: train.py folder)")
@@ -516,11 +527,11 @@ def folder_photos(folder, tags):
     """Photos of one's own, tagged by a CSV (see read_tags). Classes are in alphabetical order."""
     names = read_tags(folder, tags)
     classes = ["background", *sorted(set().union(*names.values()))]
-    spelt = {name.casefold(): name for name in classes}
+    spelt = {letters(name): name for name in classes}
     for name in classes:
-        other = spelt[name.casefold()]
+        other = spelt[letters(name)]
         if other != name:
-            raise InputError(f"{tags}: '{other}' and '{name}' differ in case; spell them alike")
+            raise InputError(f"{tags}: classes '{other}' and '{name}'; spell one class alike")
     if not 2 <= len(classes) <= VOID:
         raise InputError(f"{tags}: {len(classes) - 1} classes; expected 1 to {VOID - 1}")
     indices = [{classes.index(name) for name in present} for present in names.values()]
@@ -534,13 +545,17 @@ def imagenet_photos(folder, synsets=""):
     with reading(path, expected):
         rows = read_rows(path, expected, columns=2)
         table = {wnid: VOC_CLASSES.index(name) for wnid, name in rows}
-    paths = []
+        if len(table) < len(rows):
+            raise ValueError("a wnid twice")
+    paths, tags = [], []
     for wnid in sorted(table):
         if Path(folder, wnid).is_dir():
-            paths += image_files(Path(folder, wnid))
+            found = image_files(Path(folder, wnid))
+            paths += found
+            tags += [{table[wnid]}] * len(found)
     if not paths:
         raise InputError(f"{folder}: no folder that {path} lists; expected n02123045/x.JPEG")
-    return tagged(paths, [{table[p.relative_to(folder).parts[0]]} for p in paths], VOC_CLASSES)
+    return tagged(paths, tags, VOC_CLASSES)
 
 
 # ---------------------------------------------------------------- the toy set

@@ -485,9 +485,8 @@ def overlapped(priors, predictions, workers=0):
 def in_pool(priors, prediction):
     """(priors(prediction), SECONDS spent)."""
     result = priors(prediction)
-    spent = dict(SECONDS)
-    SECONDS.clear()
-    return result, spent
+    parts = [part for part in SECONDS if part != "network"]  # which another thread counts
+    return result, {part: SECONDS.pop(part) for part in parts}
 
 
 def collect(job):
@@ -639,6 +638,7 @@ def main():
                 photo = data.load_image(file)
             except (InputError, OSError) as e:
                 broken[file] = data.one_line(e)
+                Path(args.out, f"{file.stem}.png").unlink(missing_ok=True)  # an earlier run's
                 continue
             yield file, photo, *predict(net, data.shrink(photo)), tags.get(file)
 

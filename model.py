@@ -334,7 +334,8 @@ def upsample(scores, size, step, offset, seen=None):
 def hub_module(repository, name):
     """A network of torch.hub, whose code runs here, without weights. Raises OSError."""
     try:
-        return torch.hub.load(repository, name, pretrained=False, trust_repo=True, verbose=False)
+        options = {"pretrained": False, "trust_repo": True, "verbose": False}
+        return torch.hub.load(repository, name, **options).eval()
     except Exception as e:  # the network's errors, and whatever foreign code raises
         why = f"no code of torch.hub's {repository} ({e}); needs a network, or a checkout of it"
         raise OSError(None, why, name) from e
@@ -410,9 +411,16 @@ CONTENTS = {
 def checkpoint(net, settings, step, optimizer):
     """What train.py saves, a dict of CONTENTS: plain values, so that weights_only=True reads it."""
     left_out = tuple(f"trunk.{i}." for i in range(net.frozen_convs if net.spec.weights else 0))
-    weights = {k: v.cpu() for k, v in net.state_dict().items() if not k.startswith(left_out)}
-    values = FORMAT, step, settings, net.classes, fingerprint(net), weights, optimizer.state_dict()
-    return dict(zip(CONTENTS, (*values, {})))
+    return {
+        "format": FORMAT,
+        "step": step,
+        "settings": settings,
+        "classes": net.classes,
+        "trunk": fingerprint(net),
+        "model": {k: v.cpu() for k, v in net.state_dict().items() if not k.startswith(left_out)},
+        "optimizer": optimizer.state_dict(),
+        "thresholds": {},
+    }
 
 
 def read_checkpoint(path):

@@ -1149,19 +1149,19 @@ def test_a_new_run_moves_the_earlier_one_aside():
     ok(again)
     first = Path("o/ckpt.pt").read_bytes()
     write("tags.csv", "0.png,cat\n1.png,\n2.png,\n3.png,")  # a class fewer, too
-    assert "the run that was there is now in o.1" in ok(again)
-    assert Path("o.1/ckpt.pt").read_bytes() == first
+    assert "the run that was there is now in o/run1" in ok(again)
+    assert Path("o/run1/ckpt.pt").read_bytes() == first
     labels = np.load("o/self1.npy")
     assert set(np.unique(labels[1:])) <= {0, 255}
     refused(f"{again} --lo 3", "--lo")  # moves nothing
-    assert "is now in o.2" in ok(again)
-    assert Path("o.1/ckpt.pt").read_bytes() == first
+    assert "is now in o/run2" in ok(again)
+    assert Path("o/run1/ckpt.pt").read_bytes() == first
 
 
 def test_two_live_runs_never_share_a_folder():
     """Fault 2, and its sibling: resuming a run that is still alive."""
     ok(f"{TOY} --steps 2 --out o")
-    lock = train.claim(Path("o"), resume=True)
+    lock = train.claim(Path("o"))
     for more in ("", "--resume"):
         refused(f"{TOY} --steps 4 --out o {more}", "o: another run writes there", "--out")
     lock.close()
@@ -1302,6 +1302,181 @@ def test_the_panel_shows_the_prior_and_the_form_that_were_asked_for():
     assert len(pictures) == 6
 
 
+# ---------------------------------------------------------------- trunks of torch.hub, training labels
+@pytest.fixture
+def toy_run():
+    """out/toy, a finished run, and a photograph to label."""
+    ok(f"{TOY} --steps 2 --out out/toy")
+    save_photo("photo.png", 0, 60, 80)
+
+
+HUBCONF = """
+import torch
+
+class Patches(torch.nn.Module):
+    def __init__(self, maps):
+        super().__init__()
+        self.patch = torch.nn.Conv2d(3, maps, 14, 14)
+
+    def get_intermediate_layers(self, images, n, reshape):
+        assert images.shape[2] % 14 == 0 and images.shape[3] % 14 == 0
+        return [self.patch(images)]
+
+def dinov2_vits14(pretrained):
+    return Patches(384)
+"""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A local torch.hub with a stand-in of DINOv2's repository and weights, as a network leaves them."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(Path("hub").absolute()))
+    write("hub/facebookresearch_dinov2_main/hubconf.py", HUBCONF)
+    Path("hub/checkpoints").mkdir()
+    module = model.hub_module("facebookresearch/dinov2:main", "dinov2_vits14")
+    torch.save(module.state_dict(), "hub/checkpoints/dinov2_vits14_pretrain.pth")
+
+
+def test_a_module_of_torch_hub_trains_and_labels(hub):
+    make_folder()
+    small = SMALL.replace("--trunk tiny --size 32", "--trunk dinov2_vits14 --size 64")
+    ok(f"train folder {small} --self-steps 2 --images photos --tags tags.csv --out o")
+    ckpt = model.read_checkpoint("o/ckpt.pt")
+    assert all(name.startswith("head.") for name in ckpt["model"])
+    ok("infer o/head.pt photos --prior refine --device cpu --out l")
+    assert data.read_labels("l/0.png").shape == (24, 30)
+    refused("infer o/head.pt photos --dense 2 --device cpu --out l2", "--sides")
+
+
+def test_a_modules_cells_lie_on_the_right_pixels(hub):
+    net = model.Net("dinov2_vits14", ["background", "bright"], kernel=(1,), head=(1,))
+    for layer in [net.trunk[0].patch, *net.head]:  # every layer adds up what it sees
+        layer.weight.data.fill_(0.01)
+        layer.bias.data.zero_()
+    image = torch.zeros(1, 3, 100, 130)  # 14 divides neither side
+    image[:, :, 28:70, 56:98] = 255  # around pixel (48.5, 76.5)
+    scores, step, offset = net.dense(image)
+    pixels = model.upsample(scores, (100, 130), step, offset)[0, 1]
+    y, x = divmod(int(pixels.argmax()), 130)
+    assert abs(y - 48.5) <= 7 and abs(x - 76.5) <= 7
+
+
+def test_a_module_that_cannot_be_had_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(Path("nowhere").absolute()))
+    make_folder()
+    small = SMALL.replace("--trunk tiny", "--trunk dinov2_vits14")
+    refused(f"train folder {small} --images photos --tags tags.csv --out o", "dinov2")
+
+
+def test_training_labels_keep_to_the_tags_and_say_so(toy_run):
+    scenes = data.toy_scenes(0, 2)
+    for name, image, _ in scenes:
+        Path("photos").mkdir(exist_ok=True)
+        Image.fromarray(image).save(f"photos/{name}.png")
+    write("tags.csv", "scene0.png,grid\nscene1.png,")
+    command = "infer out/toy/ckpt.pt photos --device cpu --known-tags tags.csv"
+    assert "known tags" in ok(f"{command} --sure 0.9 --out l")
+    labels = data.read_labels("l/scene0.png")
+    assert labels.shape == scenes[0][1].shape[:2]
+    assert set(np.unique(labels)) <= {0, data.TOY_CLASSES.index("grid"), 255}
+    assert (data.read_labels("l/scene1.png") == 0).all()  # no tag: all background
+    assert "known tags" in Image.open("l/scene0.png").text["Comment"]
+    write("tags.csv", "scene0.png,zebra")
+    refused(f"{command} --out l2", "zebra")
+    refused(f"{command} --prior sppxl --out l2", "--prior")
+
+
+def test_training_labels_are_scored_apart_from_vocs_measure():
+    truth = np.array([[0, 0, 8, 8], [255, 0, 8, 8]], np.uint8)
+    make_voc({"a": truth})
+    data.save_labels("pred/a.png", np.array([[0, 255, 8, 255], [0, 0, 0, 8]], np.uint8))
+    refused("eval_voc score pred --voc VOC2012", "255 is not allowed")
+    out = ok("eval_voc score pred --voc VOC2012 --void-allowed --json s.json")
+    report = json.loads(Path("s.json").read_text())
+    assert "not VOC's measure" in out and "not VOC's measure" in report["what"]
+    assert report["coverage"] == pytest.approx(100 * 5 / 7)  # of 7 that are not void in the truth
+    # Covered: background 2 right, 1 that is a cat; cat 2 right, 1 missed. In all: 3 and 4 are true.
+    assert report["iou"]["background"] == pytest.approx(100 * 2 / 3)
+    assert report["iou"]["cat"] == pytest.approx(100 * 2 / 3)
+    assert report["mean_iou_void_wrong"] == pytest.approx(100 * (2 / 4 + 2 / 4) / 2)
+
+
+def test_priors_in_processes_give_the_same_in_order(toy_run):
+    for n in range(3):
+        save_photo(f"photos/{n}.png", n)
+    write("photos/broken.png", "not a photograph")
+    for workers in (0, 2):
+        command = f"infer out/toy/ckpt.pt photos --prior refine --device cpu --out l{workers}"
+        refused(f"{command} --workers {workers}", "broken.png")
+    for n in range(3):
+        assert Path(f"l0/{n}.png").read_bytes() == Path(f"l2/{n}.png").read_bytes()
+
+
+def test_masks_stay_with_their_photographs():
+    """What is left out takes its labels along."""
+    photos = data.tagged(["a", "b", "c"], [set(), {1}, {1}], ["background", "cat"])
+    photos.cells = np.arange(3, dtype=np.uint8).reshape(3, 1, 1)
+    assert photos.take([0, 2]).cells.ravel().tolist() == [0, 2]
+
+
+def test_labels_of_other_classes_are_not_scored_as_vocs(toy_run):
+    """A label PNG says what its indices mean, and whether true tags entered."""
+    make_voc({"a": np.full((20, 30), 3, np.uint8)})
+    ok("infer out/toy/ckpt.pt --voc VOC2012 --set val --device cpu --out l")
+    refused("eval_voc score l --voc VOC2012", "a.png", "stripes", "--classes")
+    refused("eval_voc submit l --voc VOC2012 --set val --out r.tgz", "a.png", "stripes")
+    ok("eval_voc score l --voc VOC2012 --classes out/toy/ckpt.pt")
+    refused("infer out/toy/ckpt.pt --voc VOC2012 --known-tags --out l2", "VOC's classes")
+    data.save_labels("k/a.png", np.full((20, 30), 3), comment="made with known tags")
+    refused("eval_voc score k --voc VOC2012", "known tags", "--void-allowed")
+    data.save_labels("v/a.png", np.full((20, 30), 21))
+    refused("eval_voc score v --voc VOC2012 --void-allowed", "index 21")
+
+
+def test_a_run_moves_only_its_own_files():
+    """Photographs in the folder of the run, and the working folder, stay where they are."""
+    make_folder()
+    run = f"train folder {SMALL} --images photos --tags tags.csv --out photos"
+    for _ in range(2):
+        ok(run)
+    assert Path("photos/0.png").exists() and Path("photos/run1/ckpt.pt").exists()
+    for _ in range(2):
+        ok(f"{TOY} --steps 2 --out .")
+
+
+def test_a_resumed_run_learns_the_same():
+    make_folder()
+    for n in range(4):
+        data.save_labels(f"m/{n}.png", np.full((24, 30), [1, 2, 2, 0][n]))
+    ok(FOLDER)
+    refused(f"{FOLDER} --steps 4 --resume --masks m", "photos was")
+    refused(f"{FOLDER} --steps 4 --resume --cache no", "cached was True")
+    refused(f"{FOLDER} --steps 1 --resume", "steps was 2")
+
+
+def test_labels_of_an_earlier_run_are_not_taken_for_these(toy_run):
+    for n in range(2):
+        save_photo(f"photos/{n}.png", n)
+    command = "infer out/toy/ckpt.pt photos --device cpu --out l"
+    ok(command)
+    write("photos/1.png", "broken meanwhile")
+    refused(command, "photos/1.png")
+    assert Path("l/0.png").exists() and not Path("l/1.png").exists()
+    refused(f"{command} --panel photos/0.png", "--panel")
+
+
+def test_the_readmes_names_of_classes(toy_run):
+    """Its lines that turn a label PNG back into names."""
+    code = readme_parts("python")[1]
+    ok("infer out/toy/ckpt.pt photo.png --device cpu --out out/labels")
+    code = code.replace("out/folder/ckpt.pt", "out/toy/ckpt.pt").replace("street", "photo")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})  # noqa: S102
+    counts = eval(out.getvalue())
+    assert sum(counts.values()) == 60 * 80 and set(counts) <= set(data.TOY_CLASSES)
+
+
 # ---------------------------------------------------------------- malformed files and flags
 class Evil:
     """What writes a file when it is unpickled."""
@@ -1358,7 +1533,7 @@ def malformed_files():
     plain = np.full((24, 30), 12, np.uint8)
     void, empty, other, above = png(plain + 243), png(plain * 0), png(plain - 1), png(plain + 65)
     turned, colours, deep = png(plain.T), png(plain, [9, 8, 7]), png(plain.astype(np.uint16))
-    yield MASKS, "masks/b.png", [void, empty, other], "without any of their classes"
+    yield MASKS, "masks/b.png", [void, empty, other], "other classes than their tags"
     yield MASKS, "masks/b.png", [colours], "save them as plain grey"
     yield MASKS, "masks/b.png", [b"", picture, above, turned]
     yield SCORE, "masks/b.png", [b"", picture, above, turned, deep, void]

@@ -449,8 +449,8 @@ def problem(preset, s, given):
 
 
 # ---------------------------------------------------------------- the run's folder
-def claim(out, resume):
-    """Make the folder this run's own, an earlier run in it moved aside. Returns its open lock."""
+def claim(out):
+    """Make the folder this run's own as long as it lives. Returns its open lock."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "w")  # noqa: SIM115 (open, and so locked, as long as the run)
     try:
@@ -458,8 +458,13 @@ def claim(out, resume):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         raise InputError(f"{out}: another run writes there; wait, or give another --out") from e
-    if resume or not (out / "ckpt.pt").exists():
-        return lock
+    return lock
+
+
+def move_aside(out):
+    """Put an earlier run's files into a folder of their own; other files stay where they are."""
+    if not (out / "ckpt.pt").exists():
+        return
     number = 1
     while (aside := out / f"run{number}").exists():
         number += 1
@@ -468,13 +473,15 @@ def claim(out, resume):
         if path.exists():
             path.rename(aside / path.name)
     print(f"{out}: the run that was there is now in {aside}")
-    return lock
 
 
 def plain_settings(s, photos):
     """The settings as a checkpoint keeps them, with a digest of the photographs and their labels."""
-    names = [Path(p).name for p in photos.paths if not isinstance(p, np.ndarray)]
-    digest = hashlib.sha256("\n".join(names).encode() + photos.tags.numpy().tobytes())
+    digest = hashlib.sha256(photos.tags.numpy().tobytes())
+    for path in photos.paths:
+        if not isinstance(path, np.ndarray):
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            digest.update(os.fsencode(f"{Path(path).name} {size}"))
     if photos.cells is not None:
         digest.update(photos.cells.tobytes())
     return {**dataclasses.asdict(s), "photos": digest.hexdigest()[:12], "cached": bool(s.cache)}
@@ -511,7 +518,7 @@ def begin_log(path, step):
     if step and path.exists():
         for row in path.read_text(errors="replace").splitlines()[1:]:
             number = row.split(",")[0]
-            if number.isdigit() and int(number) <= step:
+            if row.count(",") == 4 and number.isdigit() and int(number) <= step:
                 text += row + "\n"
     data.write_atomically(path, lambda file: file.write(text.encode()))
     print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
@@ -571,6 +578,8 @@ def load_photos(preset, s):
 def describe(preset, s, given, net, photos):
     """Print what the run uses: photographs, classes, network, and what was asked for."""
     none = int(photos.tags[:, 0].sum())
+    if none == len(photos):
+        raise InputError("no photograph has an object; expected some of each class")
     kinds = f"{len(photos) - none:,} with objects, {none:,} of background alone"
     precision = " in bfloat16" if net.amp else ""
     print(f"{preset} on {net.mean.device}{precision}: {len(photos):,} images, {kinds}")
@@ -660,13 +669,16 @@ def main():
     settings = plain_settings(s, photos)
     saved = read_resumed(out / "ckpt.pt", settings, net) if s.resume else {"step": 0}
     if RANK == 0:
-        lock = claim(out, s.resume)
+        lock = claim(out)
         describe(preset, s, given, net, photos)
+    if s.cache:
+        photos = cached(net, photos, s, device)
+    if RANK == 0:
+        if not s.resume:
+            move_aside(out)
         how = {"commit": git_commit(), "command": " ".join(sys.argv)}
         data.write_json(out / "settings.json", {**settings, **how})
         begin_log(out / "log.csv", saved["step"])
-    if s.cache:
-        photos = cached(net, photos, s, device)
 
     # The first stage learns the tags; each later one also labels that the net has made itself.
     for turn in range(1 + (s.self_rounds if s.self_steps else 0)):
@@ -680,7 +692,10 @@ def main():
                 if RANK == 0 and stage.first == begin:
                     labels = own_labels(net, photos, s, device)
                     data.write_atomically(file, functools.partial(np.save, arr=labels))
-                photos.cells = np.load(file)
+                with data.reading(file, "labels of this run's photographs; train again"):
+                    photos.cells = np.load(file)
+                    if len(photos.cells) != len(photos):
+                        raise ValueError(f"{len(photos.cells)} labels")
         if photos.cells is not None:  # rare classes are not to be given up
             frequencies = log_frequencies(photos.cells, len(photos.classes))
             stage.shift = s.balance * frequencies.to(device)
