@@ -54,15 +54,17 @@ def measures(matrix):
         return 100 * hit / (true + predicted - hit), 100 * hit / predicted, 100 * hit / true
 
 
+def need_objects(matrix, images):
+    """Raises InputError where no true mask holds an object: a confusion's rows from 1 on."""
+    if not matrix[1:].any():
+        raise InputError(f"{images} true masks hold no object; expected class indices, not 255")
+
+
 def summarise(matrix, classes, images):
     """A confusion (K, K) as JSON-ready percentages; mean_iou is VOC's: None if one is undefined.
 
     mean_iou_defined: over the classes_defined classes that occur; mean_accuracy: mean recall, as in
-    Table 2. Raises InputError where the truth holds no object."""
-    if not matrix[1:].any():
-        raise InputError(
-            f"{images} images whose true masks hold no object: are they class indices?"
-        )
+    Table 2."""
     report = {"images": images}
     iou, precision, recall = measures(matrix)
     for what, values in (("iou", iou), ("precision", precision), ("recall", recall)):
@@ -98,6 +100,7 @@ def ladder(net, samples, options, priors=None, workers=0):
         scores[name] = q
         for row, matrix in counts.items():
             matrices[row] = matrices.get(row, 0) + matrix
+    need_objects(matrices["base"], len(scores))
     rows = {row: summarise(m, net.classes, len(scores)) for row, m in matrices.items()}
     return {"rows": rows, "classes": net.classes}, scores
 
@@ -202,6 +205,7 @@ def run_score(args):
 
     matrices = attempt(compare, data.voc_ids(args.voc, args.set))
     total = sum(matrices)
+    need_objects(total, len(matrices))
     report = summarise(total[:K, :K], classes, len(matrices))
     if args.void_allowed:  # void is counted as class K
         iou = measures(total)[0][:K]
