@@ -54,6 +54,12 @@ def measures(matrix):
         return 100 * hit / (true + predicted - hit), 100 * hit / predicted, 100 * hit / true
 
 
+def mean_defined(values):
+    """Mean of the values that are not NaN; NaN where there are none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
 def need_objects(matrix, images):
     """Raises InputError where no true mask holds an object: a confusion's rows from 1 on."""
     if not matrix[1:].any():
@@ -70,10 +76,10 @@ def summarise(matrix, classes, images):
     for what, values in (("iou", iou), ("precision", precision), ("recall", recall)):
         defined = [None if math.isnan(v) else float(v) for v in values]
         report[what] = dict(zip(classes, defined))
-    report["mean_iou_defined"] = float(np.nanmean(iou))
+    report["mean_iou_defined"] = mean_defined(iou)
     report["mean_iou"] = None if np.isnan(iou).any() else report["mean_iou_defined"]
     report["classes_defined"] = int(np.isfinite(iou).sum())
-    report["mean_accuracy"] = float(np.nanmean(recall))
+    report["mean_accuracy"] = mean_defined(recall)
     return report
 
 
