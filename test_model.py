@@ -872,7 +872,7 @@ def cached(net, photos):
 
 
 def test_cached_features_are_the_trunks():
-    """And of their photographs, and so are their labels, where a photograph is left out."""
+    """Each photograph keeps its own, and its labels, where a broken one is left out."""
     make_folder()
     net = model.Net("tiny", ["background", "cat", "dog"])
     photos = data.folder_photos("photos", "tags.csv")
