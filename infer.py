@@ -58,8 +58,9 @@ def predict(net, image):
         seen = np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
         x = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device)  # (1, 3, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            cells, step, offset = net.dense(x, net.dense_factor)
-        scores = scores + model.upsample(cells, (H, W), step, offset, (h, w))[0] / len(sides)
+            cells, foreground, step, offset = net.dense(x, net.dense_factor)
+        labelling = model.pixel_scores(cells, foreground)
+        scores = scores + model.upsample(labelling, (H, W), step, offset, (h, w))[0] / len(sides)
         image_scores = image_scores + net.aggregate(cells)[0] / len(sides)
     return scores.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
 
@@ -314,14 +315,14 @@ def refine(p, image, regions):
     return smoothed(p * factor.astype(p.dtype), image, regions)
 
 
-def labels_from_tags(p, present, image, regions, sure, background=1.5):
+def labels_from_tags(p, present, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
     p (K, H, W) of its score map; present (K,) bool: its tags. A softmax over background and the
-    tagged classes alone, with `background` added to the background's scores, then `smoothed`."""
-    factor = np.where(present, 1.0, 0.0)
-    factor[0] = math.exp(background)
-    share = smoothed(p * factor.astype(p.dtype)[:, None, None], image, regions)
+    tagged classes alone, then `smoothed`."""
+    allowed = present.copy()
+    allowed[0] = True
+    share = smoothed(p * allowed[:, None, None], image, regions)
     return np.where(share.max(0) >= sure, share.argmax(0), VOID).astype(np.uint8)
 
 
