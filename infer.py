@@ -513,14 +513,7 @@ def add_options(parser):
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own]")
     add("--dense", type=int, metavar="F", help="score grid F times finer [the checkpoint's]")
     add("--sides", type=numbers, metavar="N,N", help="see images at N x N [the checkpoint's]")
-    add(
-        "--workers",
-        type=int,
-        choices=range(65),
-        default=0,
-        metavar="N",
-        help="processes for the priors [0: here]",
-    )
+    add("--workers", type=int, choices=range(65), default=0, metavar="N", help="for the priors [0]")
     add("--device", type=model.pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
@@ -612,7 +605,7 @@ def main():
     add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
     add("--soft", action="store_true", help="also write the class scores as .npz, as labelled")
     add("--panel", metavar="FILE", help="draw how the first 20 images came about")
-    add("--prior", choices=list(PRIORS), default="none", help="what smooths the labels [none]")
+    add("--prior", choices=list(PRIORS), help="what smooths the labels [refine]")
     add("--ilp", action=argparse.BooleanOptionalAction, default=True, help="use Eq. 7 [yes]")
     csv = {"nargs": "?", "const": "the set's", "metavar": "FILE"}
     add("--known-tags", help="training labels from true tags: of --voc's set, or this CSV's", **csv)
@@ -621,13 +614,14 @@ def main():
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")
-    if args.known_tags and (args.prior != "none" or not args.ilp or args.panel or args.soft):
+    if args.known_tags and (args.prior or not args.ilp or args.panel or args.soft):
         parser.error("--known-tags takes none of --prior, --no-ilp, --panel and --soft")
     if args.sure is not None and not (args.known_tags and 0 <= args.sure <= 1):
         parser.error("--sure goes with --known-tags; expected a share, 0 to 1")
     if args.set and not args.voc or args.ilp_form == "all" and (args.known_tags or not args.ilp):
         parser.error("--set goes with --voc, --ilp-form with the image-level prior")
-    args.set, args.sure = args.set or "val", 0.6 if args.sure is None else args.sure
+    args.set, args.prior = args.set or "val", args.prior or "refine"
+    args.sure = 0.6 if args.sure is None else args.sure
     net, thresholds = open_net(args.checkpoint, args, [args.prior])
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)

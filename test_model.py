@@ -846,6 +846,20 @@ def test_small_and_long_photographs_train_and_are_labelled():
             assert soft["classes"].tolist() == ["background", "cat", "dog"]
 
 
+def test_a_missing_photograph_is_left_out_and_named_once():
+    make_voc()
+    Path("VOC2012/JPEGImages/val_1.jpg").unlink()
+    for more in ("--cache no", "--cache c"):
+        status, _, err = run(f"train voc {SMALL} --voc VOC2012 --set val --steps 4 {more} --out o")
+        assert status == 0
+        assert err.count("left out: VOC2012/JPEGImages/val_1.jpg") == 1
+
+
+def test_photographs_that_have_no_line_of_tags_are_counted():
+    make_folder(["0.png,cat", "1.png,"])
+    assert "2 photographs are not listed, such as photos/2.png" in ok(f"{FOLDER} --cache no")
+
+
 def test_broken_photographs_are_left_out_and_named_once():
     make_folder()
     whole = Path("photos/1.png").read_bytes()
@@ -1369,7 +1383,7 @@ def test_a_module_of_torch_hub_trains_and_labels(hub):
     small = SMALL.replace("--trunk tiny --size 32", "--trunk dinov2_vits14 --size 64")
     ok(f"train folder {small} --self-steps 2 --images photos --tags tags.csv --out o")
     ckpt = model.read_checkpoint("o/ckpt.pt")
-    assert all(name.startswith("head.") for name in ckpt["model"])
+    assert not any(name.startswith("trunk.") for name in ckpt["model"])
     ok("infer o/head.pt photos --prior refine --device cpu --out l")
     assert data.read_labels("l/0.png").shape == (24, 30)
     refused("infer o/head.pt photos --dense 2 --device cpu --out l2", "--sides")
@@ -1735,4 +1749,4 @@ def test_the_readmes_commands_run_as_written(monkeypatch):
     for file in ("results.tgz", "out/toy/scores.json", "out/folder/panel.png"):
         assert Path(file).exists()
     weights = model.read_checkpoint("out/paper/ckpt.pt")["model"]
-    assert all(name.startswith("head.") for name in weights)  # OverFeat's licence
+    assert not any(name.startswith("trunk.") for name in weights)  # OverFeat's licence

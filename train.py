@@ -96,7 +96,7 @@ class Settings:
     steps: int = 1000  # M: steps on tags (paper: about a week of them)
     self_steps: int = 0  # N: then steps on labels that the net gives the training images
     self_rounds: int = 1  # M: how often those labels are made and learned
-    sure: float = 0.5  # P: share of a pixel's best class below which it gets no such label
+    sure: float = 0.6  # P: share of a pixel's best class below which it gets no such label
     foreground: float = 1.5  # X: how much those labels trust the learned foreground
     jitter: bool = True  # flip, rotate, scale, brighten each image (cached features: flip)
 
@@ -120,8 +120,8 @@ PRESETS = {
     "toy": {"trunk": "tiny", "train_convs": -1, "optimizer": "adam", "lr": 2e-3,
             "schedule": "cosine", "weight_decay": 1e-4, "batch": 8, "steps": 2200, "dropout": 0.0,
             "jitter": False, "log_every": 100, "threshold_images": 60},
-    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 600,
-            "self_rounds": 3},
+    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 400,
+            "self_rounds": 2},
     "paper": {"trunk": "overfeat", "steps": 1_000_000, "workers": 8, "save_every": 1000},
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300, "self_rounds": 2},
 }
@@ -313,9 +313,7 @@ def mask_labels(net, photos, masks, s):
         strange += present[0] > 0 and (alien or not np.isin(present, labels).any())
         cells.append(at_cells(net, s.size, labels))
     objects = int((photos.tags[:, 0] == 0).sum())
-    counts = (
-        f"{strange} of {objects} tagged photographs have masks of other classes than their tags"
-    )
+    counts = f"{strange} of {objects} masks hold other classes than their tags"
     if strange and strange >= objects / 2:
         raise InputError(f"--masks {s.masks}: {counts}; expected class indices, 255 only as void")
     if strange and RANK == 0:
