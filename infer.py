@@ -320,10 +320,10 @@ def labels_from_tags(p, present, image, regions, sure):
 
     p (K, H, W) of its score map; present (K,) bool: its tags. A softmax over background and the
     tagged classes alone, then `smoothed`."""
-    allowed = present.copy()
-    allowed[0] = True
-    share = smoothed(p * allowed[:, None, None], image, regions)
-    return np.where(share.max(0) >= sure, share.argmax(0), VOID).astype(np.uint8)
+    classes = np.union1d(np.flatnonzero(present), 0)  # and background
+    share = smoothed(p[classes], image, regions)
+    labels = classes[share.argmax(0)]
+    return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 
 
 class Scene:

@@ -931,8 +931,8 @@ def test_cells_learn_the_labels_of_the_pixels_that_they_see(trunk, size):
     places = places_of_cells(net, size)
     want_x = (places + 0.5) * 250 / size - 0.5
     want_y = (places + 0.5) * 180 / size - 0.5
-    got_x = train.at_cells(net, size, columns)
-    got_y = train.at_cells(net, size, rows)
+    got_x = train.at_cells(columns, net.cells(size), size)
+    got_y = train.at_cells(rows, net.cells(size), size)
     assert got_x.shape == got_y.shape == (len(places), len(places))
     assert np.abs(got_x.astype(float) - want_x).max() <= 0.51
     assert np.abs(got_y.astype(float) - want_y[:, None]).max() <= 0.51

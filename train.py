@@ -106,7 +106,7 @@ class Settings:
     device: str = "auto"  # NAME: auto, cpu, cuda, cuda:1, mps
     amp: bool = False  # bfloat16 autocast, where the device computes in it
     compile: bool = False  # torch.compile the head
-    workers: int = 0  # N: processes that load photographs
+    workers: int = 0  # N: processes that load photographs, and label them
     threshold_images: int = 100  # M: training images from whose tags delta is fitted
     log_every: int = 20  # M: steps between lines of log.csv
     save_every: int = 200  # M: steps between checkpoints, a multiple of LOG_EVERY
@@ -290,9 +290,9 @@ def make_batches(photos, s, device, stage):
 
 
 # ---------------------------------------------------------------- labels for the score map's cells
-def at_cells(net, size, labels):
-    """Labels (H, W) of a photograph -> (h, w): under the cells of its score map at size x size."""
-    places = (net.cells(size) + 0.5) / size  # 0..1 along either side
+def at_cells(labels, cells, size):
+    """Labels (H, W) of a photograph -> (h, w): under its score map's cells, of Net.cells(size)."""
+    places = (cells + 0.5) / size  # 0..1 along either side
     rows = (places * labels.shape[0]).long().numpy()
     columns = (places * labels.shape[1]).long().numpy()
     return labels[rows][:, columns]
@@ -311,7 +311,7 @@ def mask_labels(net, photos, masks, s):
         present = np.flatnonzero(photos.tags[i])
         alien = np.setdiff1d(labels, [*present, 0, VOID]).size > 0
         strange += present[0] > 0 and (alien or not np.isin(present, labels).any())
-        cells.append(at_cells(net, s.size, labels))
+        cells.append(at_cells(labels, net.cells(s.size), s.size))
     objects = int((photos.tags[:, 0] == 0).sum())
     counts = f"{strange} of {objects} masks hold other classes than their tags"
     if strange and strange >= objects / 2:
@@ -392,23 +392,25 @@ def alike(vectors, alpha=0.25):
 
 def own_labels(net, photos, s, device):
     """Self-training: (N, h, w) uint8 under the cells, made by net from each photo and its tags."""
-    stride, _, centre = model.geometry(net.rows)
 
     def scored():
         for i in data.progress(range(len(photos)), "training images labelled"):
             _, scores, foreground = look(net, photos, i, device)
-            yield i, model.pixel_scores(scores, foreground)
+            yield photos.paths[i], photos.tags[i] > 0, model.pixel_scores(scores, foreground).cpu()
 
-    def label(item):
-        i, scores = item
-        image = data.shrink(data.load_image(photos.paths[i], near=s.size), s.size)
-        p = model.upsample(scores, image.shape[:2], stride, centre, (s.size, s.size)).softmax(1)
-        regions = infer.superpixels_at_half(image)
-        present = photos.tags[i].numpy() > 0
-        labels = infer.labels_from_tags(p[0].cpu().numpy(), present, image, regions, s.sure)
-        return at_cells(net, s.size, labels)
+    stride, _, centre = model.geometry(net.rows)
+    label = functools.partial(label_cells, net.cells(s.size), stride, centre, s.size, s.sure)
+    return np.stack(list(infer.overlapped(label, scored(), s.workers)))
 
-    return np.stack(list(infer.overlapped(label, scored())))
+
+def label_cells(cells, stride, centre, size, sure, scored):
+    """Labels (h, w) of one photograph, of (path, tags (K,) bool, scores (1, K, h, w))."""
+    path, present, scores = scored
+    image = data.shrink(data.load_image(path, near=size), size)
+    p = model.upsample(scores, image.shape[:2], stride, centre, (size, size)).softmax(1)[0]
+    regions = infer.superpixels_at_half(image)
+    labels = infer.labels_from_tags(p.numpy(), present.numpy(), image, regions, sure)
+    return at_cells(labels, cells, size)
 
 
 # ---------------------------------------------------------------- the command line
