@@ -313,6 +313,8 @@ def identity(path):
     """What a photograph's features depend on, but for the network: file, size, time of change."""
     if isinstance(path, np.ndarray):
         return hashlib.sha256(path.tobytes()).hexdigest()
+    if not os.path.exists(path):
+        return f"{path} is missing"  # so it will be named when it is read
     stat = os.stat(path)
     return f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -526,6 +528,12 @@ def image_files(folder):
 def folder_photos(folder, tags):
     """Photos of one's own, tagged by a CSV (see read_tags). Classes are in alphabetical order."""
     names = read_tags(folder, tags)
+    listed = {file.resolve() for file in names}
+    unlisted = [file for file in image_files(folder) if file.resolve() not in listed]
+    if unlisted:
+        print(
+            f"{tags}: {len(unlisted)} photographs are not listed, such as {unlisted[0]}; left out"
+        )
     classes = ["background", *sorted(set().union(*names.values()))]
     spelt = {letters(name): name for name in classes}
     for name in classes:

@@ -58,8 +58,9 @@ def predict(net, image):
         seen = np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
         x = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device)  # (1, 3, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            cells, step, offset = net.dense(x, net.dense_factor)
-        scores = scores + model.upsample(cells, (H, W), step, offset, (h, w))[0] / len(sides)
+            cells, foreground, step, offset = net.dense(x, net.dense_factor)
+        labelling = model.pixel_scores(cells, foreground)
+        scores = scores + model.upsample(labelling, (H, W), step, offset, (h, w))[0] / len(sides)
         image_scores = image_scores + net.aggregate(cells)[0] / len(sides)
     return scores.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
 
@@ -314,15 +315,15 @@ def refine(p, image, regions):
     return smoothed(p * factor.astype(p.dtype), image, regions)
 
 
-def labels_from_tags(p, present, image, regions, sure, background=1.5):
+def labels_from_tags(p, present, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
     p (K, H, W) of its score map; present (K,) bool: its tags. A softmax over background and the
-    tagged classes alone, with `background` added to the background's scores, then `smoothed`."""
-    factor = np.where(present, 1.0, 0.0)
-    factor[0] = math.exp(background)
-    share = smoothed(p * factor.astype(p.dtype)[:, None, None], image, regions)
-    return np.where(share.max(0) >= sure, share.argmax(0), VOID).astype(np.uint8)
+    tagged classes alone, then `smoothed`."""
+    classes = np.union1d(np.flatnonzero(present), 0)  # and background
+    share = smoothed(p[classes], image, regions)
+    labels = classes[share.argmax(0)]
+    return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 
 
 class Scene:
@@ -512,14 +513,7 @@ def add_options(parser):
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own]")
     add("--dense", type=int, metavar="F", help="score grid F times finer [the checkpoint's]")
     add("--sides", type=numbers, metavar="N,N", help="see images at N x N [the checkpoint's]")
-    add(
-        "--workers",
-        type=int,
-        choices=range(65),
-        default=0,
-        metavar="N",
-        help="processes for the priors [0: here]",
-    )
+    add("--workers", type=int, choices=range(65), default=0, metavar="N", help="for the priors [0]")
     add("--device", type=model.pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
@@ -611,7 +605,7 @@ def main():
     add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
     add("--soft", action="store_true", help="also write the class scores as .npz, as labelled")
     add("--panel", metavar="FILE", help="draw how the first 20 images came about")
-    add("--prior", choices=list(PRIORS), default="none", help="what smooths the labels [none]")
+    add("--prior", choices=list(PRIORS), help="what smooths the labels [refine]")
     add("--ilp", action=argparse.BooleanOptionalAction, default=True, help="use Eq. 7 [yes]")
     csv = {"nargs": "?", "const": "the set's", "metavar": "FILE"}
     add("--known-tags", help="training labels from true tags: of --voc's set, or this CSV's", **csv)
@@ -620,13 +614,14 @@ def main():
     args = parser.parse_args()
     if bool(args.voc) == bool(args.images):
         parser.error("give images or folders, or --voc DIR --set NAME")
-    if args.known_tags and (args.prior != "none" or not args.ilp or args.panel or args.soft):
+    if args.known_tags and (args.prior or not args.ilp or args.panel or args.soft):
         parser.error("--known-tags takes none of --prior, --no-ilp, --panel and --soft")
     if args.sure is not None and not (args.known_tags and 0 <= args.sure <= 1):
         parser.error("--sure goes with --known-tags; expected a share, 0 to 1")
     if args.set and not args.voc or args.ilp_form == "all" and (args.known_tags or not args.ilp):
         parser.error("--set goes with --voc, --ilp-form with the image-level prior")
-    args.set, args.sure = args.set or "val", 0.6 if args.sure is None else args.sure
+    args.set, args.prior = args.set or "val", args.prior or "refine"
+    args.sure = 0.6 if args.sure is None else args.sure
     net, thresholds = open_net(args.checkpoint, args, [args.prior])
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)

@@ -200,8 +200,15 @@ def tag_loss(image_scores, tags, form="softmax"):
 
 
 def pixel_loss(scores, labels):
-    """Cross-entropy of each cell, 0 if void. scores (B, K, h, w), labels (B, h, w) -> (B, h, w)."""
-    return F.cross_entropy(scores, labels.long(), ignore_index=VOID, reduction="none")
+    """Cross-entropy of each image's labelled cells, those of background and of objects halves each.
+
+    scores (B, K, h, w), labels (B, h, w), void left out -> (B,). Balanced as the seeding loss of
+    Huang et al. (CVPR 2018): however small an object is, it counts as much as what surrounds it."""
+    losses = F.cross_entropy(scores, labels.long(), ignore_index=VOID, reduction="none")
+    halves = []
+    for cells in (labels == 0, (labels > 0) & (labels != VOID)):
+        halves.append((losses * cells).sum((1, 2)) / cells.sum((1, 2)).clamp(min=1))
+    return (halves[0] + halves[1]) / 2
 
 
 # ---------------------------------------------------------------- the network (section 3)
@@ -241,6 +248,9 @@ class Net(nn.Module):
                 channels = row.out
         convs[-1].weight.data *= 0.1  # near-uniform class probabilities at the start
         self.trunk, self.head = convs[: -len(widths)], convs[-len(widths) :]
+        self.foreground = nn.utils.skip_init(nn.Conv2d, self.head[0].in_channels, 1, 1)
+        for p in self.foreground.parameters():
+            nn.init.zeros_(p.requires_grad_(False))  # none, until it is learned
 
         # The trunk's rows are cut before the first convolution that is trained.
         self.frozen_convs = len(self.trunk) - train_convs if train_convs >= 0 else 0
@@ -284,13 +294,26 @@ class Net(nn.Module):
         return self.run(self.normalise(images), self.frozen_rows, self.trunk)
 
     def scores(self, features):
-        """features from `frozen` -> score map s (B, K, h, w), Eq. 1."""
-        x = self.run(features, self.tuned_rows, self.trunk[self.frozen_convs :])
+        """features from `frozen` -> score map s (B, K, h, w), Eq. 1, and foreground (B, 1, h, w)."""
         dropout = self.dropout if self.training else 0.0
-        return self.run(x * self.spec.feature_scale, self.head_rows, self.head, dropout)
+        return self.head_scores(self.tuned(features), self.head_rows, dropout)
+
+    def tuned(self, features):
+        """features from `frozen` -> what the whole trunk gives, maps (B, D, H, W)."""
+        return self.run(features, self.tuned_rows, self.trunk[self.frozen_convs :])
+
+    def head_scores(self, maps, rows, dropout=0.0):
+        """What the head makes of the trunk's maps (B, D, H, W), and the foreground under its cells.
+
+        foreground: how far the background's score is to be lowered, see train.learn_foreground."""
+        scores = self.run(maps * self.spec.feature_scale, rows, self.head, dropout)
+        margin = (maps.shape[2] - scores.shape[2]) // 2  # what the head's windows take
+        foreground = self.foreground(of_mean_one(maps))
+        h, w = scores.shape[2:]
+        return scores, foreground[:, :, margin : margin + h, margin : margin + w]
 
     def forward(self, images):
-        return self.scores(self.frozen(images))
+        return self.scores(self.frozen(images))[0]
 
     def aggregate(self, scores):
         """score map (B, K, h, w) -> image scores (B, K)."""
@@ -306,14 +329,26 @@ class Net(nn.Module):
         """Score map of whole images, padded so that cell i sits on pixel step * i + offset.
 
         images (B, 3, H, W) in 0..255; factor: as for dense_rows.
-        Returns scores (B, K, ceil(H/step), ceil(W/step)), step and offset in pixels."""
+        Returns scores (B, K, h, w) with h = ceil(H / step) and w = ceil(W / step), foreground
+        (B, 1, h, w), step and offset in pixels."""
         rows, depth = dense_rows(self.rows, factor), len(self.spec.rows)
         top, bottom, h, offset = centring(images.shape[2], rows)
         left, right, w, _ = centring(images.shape[3], rows)
         x = F.pad(self.normalise(images), (left, right, top, bottom))
-        x = self.run(x, rows[:depth], self.trunk) * self.spec.feature_scale
-        scores = self.run(x, rows[depth:], self.head)[:, :, :h, :w]
-        return scores.float(), geometry(rows)[0], offset
+        maps = self.run(x, rows[:depth], self.trunk)
+        scores, foreground = self.head_scores(maps, rows[depth:])
+        scores, foreground = scores[:, :, :h, :w].float(), foreground[:, :, :h, :w].float()
+        return scores, foreground, geometry(rows)[0], offset
+
+
+def of_mean_one(maps):
+    """Each image's maps (B, D, h, w) divided by their mean magnitude."""
+    return maps / maps.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
+
+
+def pixel_scores(scores, foreground):
+    """Scores (B, K, h, w) of the labels: the background's lowered by foreground (B, 1, h, w)."""
+    return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
 
 
 def upsample(scores, size, step, offset, seen=None):

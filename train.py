@@ -29,6 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 
 import data
 import eval_voc
@@ -94,8 +96,8 @@ class Settings:
     steps: int = 1000  # M: steps on tags (paper: about a week of them)
     self_steps: int = 0  # N: then steps on labels that the net gives the training images
     self_rounds: int = 1  # M: how often those labels are made and learned
-    sure: float = 0.5  # P: share of a pixel's best class below which it gets no such label
-    balance: float = 1.0  # X: with labels: add this times log class frequencies to the scores
+    sure: float = 0.6  # P: share of a pixel's best class below which it gets no such label
+    foreground: float = 1.5  # X: how much those labels trust the learned foreground
     jitter: bool = True  # flip, rotate, scale, brighten each image (cached features: flip)
 
     # run
@@ -104,7 +106,7 @@ class Settings:
     device: str = "auto"  # NAME: auto, cpu, cuda, cuda:1, mps
     amp: bool = False  # bfloat16 autocast, where the device computes in it
     compile: bool = False  # torch.compile the head
-    workers: int = 0  # N: processes that load photographs
+    workers: int = 0  # N: processes that load photographs, and label them
     threshold_images: int = 100  # M: training images from whose tags delta is fitted
     log_every: int = 20  # M: steps between lines of log.csv
     save_every: int = 200  # M: steps between checkpoints, a multiple of LOG_EVERY
@@ -118,8 +120,8 @@ PRESETS = {
     "toy": {"trunk": "tiny", "train_convs": -1, "optimizer": "adam", "lr": 2e-3,
             "schedule": "cosine", "weight_decay": 1e-4, "batch": 8, "steps": 2200, "dropout": 0.0,
             "jitter": False, "log_every": 100, "threshold_images": 60},
-    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 600,
-            "self_rounds": 3},
+    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 400,
+            "self_rounds": 2},
     "paper": {"trunk": "overfeat", "steps": 1_000_000, "workers": 8, "save_every": 1000},
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300, "self_rounds": 2},
 }
@@ -157,14 +159,15 @@ def train(net, batches, optimizer, s, stage, settings):
         torch.manual_seed((s.seed * 1_000_003 + step) * WORLD + RANK)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
             features = images.float() if s.cache else net.frozen(images)
-            scores = scores_of(features)  # (B, K, h, w)
+            scores, foreground = scores_of(features)  # (B, K, h, w), (B, 1, h, w)
 
-        # Loss: of the tags, Eq. 3, and of the cells that have labels; means over all processes.
+        # Loss: of the tags, Eq. 3, and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
         loss = tag_loss(image_scores, tags, s.loss).sum() / total(tags.any(1))
         if labels is not None:
-            cell_losses = pixel_loss(scores.float() + stage.shift, labels)  # (B, h, w)
-            loss = loss + cell_losses.sum() / total(labels != VOID)
+            labelled = (labels != VOID).any(2).any(1)  # (B,)
+            image_losses = pixel_loss(model.pixel_scores(scores, foreground).float(), labels)
+            loss = loss + image_losses.sum() / total(labelled)
 
         # Backward and step.
         optimizer.zero_grad(set_to_none=True)
@@ -202,6 +205,12 @@ def summed(x):
     return x
 
 
+def from_first_process(x):
+    """x, a tensor, becomes the first process's."""
+    if WORLD > 1:
+        dist.broadcast(x, 0)
+
+
 def total(there):
     """How many of a bool tensor are true, in all processes: a float tensor of at least 1."""
     return summed(there.sum().float()).clamp(min=1)
@@ -214,7 +223,6 @@ class Stage:
     begin: int
     end: int
     first: int  # where to start: later than begin when a run is resumed
-    shift: torch.Tensor | float = 0.0  # (1, K, 1, 1): added to the scores of cells that have labels
 
 
 def schedule(s, step, stage):
@@ -282,9 +290,9 @@ def make_batches(photos, s, device, stage):
 
 
 # ---------------------------------------------------------------- labels for the score map's cells
-def at_cells(net, size, labels):
-    """Labels (H, W) of a photograph -> (h, w): under the cells of its score map at size x size."""
-    places = (net.cells(size) + 0.5) / size  # 0..1 along either side
+def at_cells(labels, cells, size):
+    """Labels (H, W) of a photograph -> (h, w): under its score map's cells, of Net.cells(size)."""
+    places = (cells + 0.5) / size  # 0..1 along either side
     rows = (places * labels.shape[0]).long().numpy()
     columns = (places * labels.shape[1]).long().numpy()
     return labels[rows][:, columns]
@@ -303,11 +311,9 @@ def mask_labels(net, photos, masks, s):
         present = np.flatnonzero(photos.tags[i])
         alien = np.setdiff1d(labels, [*present, 0, VOID]).size > 0
         strange += present[0] > 0 and (alien or not np.isin(present, labels).any())
-        cells.append(at_cells(net, s.size, labels))
+        cells.append(at_cells(labels, net.cells(s.size), s.size))
     objects = int((photos.tags[:, 0] == 0).sum())
-    counts = (
-        f"{strange} of {objects} tagged photographs have masks of other classes than their tags"
-    )
+    counts = f"{strange} of {objects} masks hold other classes than their tags"
     if strange and strange >= objects / 2:
         raise InputError(f"--masks {s.masks}: {counts}; expected class indices, 255 only as void")
     if strange and RANK == 0:
@@ -315,30 +321,96 @@ def mask_labels(net, photos, masks, s):
     return np.stack(cells)
 
 
+# ---------------------------------------------------------------- labels of the net's own making
 @torch.no_grad()
+def look(net, photos, i, device):
+    """What the net gives for photo i: the trunk's maps (1, D, H, W), scores and foreground."""
+    features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
+    with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
+        maps = net.tuned(features)
+        scores, foreground = net.head_scores(maps, net.head_rows)
+    return maps.float(), scores.float(), foreground.float()
+
+
+def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
+    """C2AM (Xie et al., CVPR 2022): fills net.foreground, a linear map of what a cell holds.
+
+    Learned without labels: mean vectors of all images' foregrounds shall be alike, those of their
+    backgrounds, too, and those of the one unlike those of the other. Which is which is told by the
+    scores. It takes seconds, and the memory of so many photographs' features in half precision."""
+    some, vectors, objects = data.spread(len(photos), most), [], []
+    for i in some:
+        maps, scores, _ = look(net, photos, i, device)
+        present = photos.tags[i].to(device) > 0
+        present[0] = True  # background
+        share = 1 - scores[:, present].softmax(1)[:, :1]  # (1, 1, h, w) of objects
+        objects.append(F.interpolate(share, maps.shape[2:])[0, 0].flatten())
+        vectors.append(model.of_mean_one(maps)[0].flatten(1).T.half())  # (H * W, D)
+    vectors, objects = torch.stack(vectors), torch.stack(objects)
+
+    torch.manual_seed(s.seed)
+    layers = nn.Sequential(nn.Linear(vectors.shape[2], 1, bias=False), nn.BatchNorm1d(1)).to(device)
+    nn.init.constant_(layers[1].weight, 2)
+    optimizer = torch.optim.AdamW(layers.parameters(), 1e-2, weight_decay=1e-4)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        chosen = torch.randperm(len(some))[:batch]
+        cells = vectors[chosen.to(device)].float()  # (B, H * W, D)
+        share = layers(cells.flatten(0, 1)).sigmoid().view(len(chosen), 1, -1)  # (B, 1, H * W)
+        front = F.normalize((share @ cells)[:, 0], dim=1)  # (B, D)
+        back = F.normalize(((1 - share) @ cells)[:, 0], dim=1)
+        unlike = -torch.log(1 - cosines(front, back)).mean()
+        loss = unlike + alike(front) + alike(back)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+
+    # The normalisation becomes part of the map, and so does what `--foreground` asks for.
+    linear, norm = layers.eval().requires_grad_(False)
+    logits = torch.cat([layers(cells.float()) for cells in vectors])[:, 0]  # (N * H * W,)
+    agreement = ((logits - logits.mean()) * (objects.flatten() - objects.mean())).mean()
+    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    factor = s.foreground * agreement.sign()
+    net.foreground.weight.copy_((factor * gain * linear.weight)[:, :, None, None])
+    net.foreground.bias.copy_(factor * (norm.bias - gain * norm.running_mean))
+
+
+def cosines(a, b):
+    """Of unit vectors (N, D) and (M, D): (N, M), kept off 0 and 1, whose logarithms have no end."""
+    return (a @ b.T).clamp(1e-4, 1 - 1e-4)
+
+
+def alike(vectors, alpha=0.25):
+    """Small where unit vectors (N, D) are alike; the most alike pairs count most (C2AM, Eq. 5)."""
+    n = len(vectors)
+    others = ~torch.eye(n, dtype=torch.bool, device=vectors.device)
+    similarity = cosines(vectors, vectors)[others].view(n, n - 1)
+    rank = similarity.argsort(1, descending=True).argsort(1)
+    return -(torch.exp(-alpha * rank) * torch.log(similarity)).mean()
+
+
 def own_labels(net, photos, s, device):
     """Self-training: (N, h, w) uint8 under the cells, made by net from each photo and its tags."""
-    net.eval()
+
+    def scored():
+        for i in data.progress(range(len(photos)), "training images labelled"):
+            _, scores, foreground = look(net, photos, i, device)
+            yield photos.paths[i], photos.tags[i] > 0, model.pixel_scores(scores, foreground).cpu()
+
     stride, _, centre = model.geometry(net.rows)
-    cells = []
-    for i in data.progress(range(len(photos)), "training images labelled"):
-        features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
-        with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            scores = net.scores(features).float()  # (1, K, h, w)
-        image = data.shrink(data.load_image(photos.paths[i], near=s.size), s.size)
-        p = model.upsample(scores, image.shape[:2], stride, centre, (s.size, s.size)).softmax(1)
-        regions = infer.superpixels_at_half(image)
-        present = photos.tags[i].numpy() > 0
-        labels = infer.labels_from_tags(p[0].cpu().numpy(), present, image, regions, s.sure)
-        cells.append(at_cells(net, s.size, labels))
-    return np.stack(cells)
+    label = functools.partial(label_cells, net.cells(s.size), stride, centre, s.size, s.sure)
+    return np.stack(list(infer.overlapped(label, scored(), s.workers)))
 
 
-def log_frequencies(cells, classes):
-    """(1, K, 1, 1): log of each class's share of the labelled cells (N, h, w)."""
-    counts = np.bincount(cells.ravel(), minlength=256)[:classes]
-    share = torch.tensor(counts / max(counts.sum(), 1)).float()
-    return share.clamp(min=1e-4).log().view(1, -1, 1, 1)
+def label_cells(cells, stride, centre, size, sure, scored):
+    """Labels (h, w) of one photograph, of (path, tags (K,) bool, scores (1, K, h, w))."""
+    path, present, scores = scored
+    image = data.shrink(data.load_image(path, near=size), size)
+    p = model.upsample(scores, image.shape[:2], stride, centre, (size, size)).softmax(1)[0]
+    regions = infer.superpixels_at_half(image)
+    labels = infer.labels_from_tags(p.numpy(), present.numpy(), image, regions, sure)
+    return at_cells(labels, cells, size)
 
 
 # ---------------------------------------------------------------- the command line
@@ -410,7 +482,6 @@ def problem(preset, s, given):
             if other != preset and name in given:
                 return f"{flag(name)}: {preset} does not read it; did you mean  train.py {other}  ?"
     convs = sum(row.kind != "pool" for row in TRUNKS[s.trunk].rows)
-    tags_only = not s.self_steps and not s.masks
     widths = len(s.head or TRUNKS[s.trunk].head)
     wrong = {
         f"--train-convs: {s.trunk} has {convs}": not -1 <= s.train_convs <= convs,
@@ -431,7 +502,7 @@ def problem(preset, s, given):
         "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
         "dropout": not widths, "r": s.aggregation != "lse", "trunk_lr": not s.train_convs,
         "self_rounds": not s.self_steps,
-        "sure": not s.self_steps, "balance": tags_only, "set": preset != "voc",
+        "sure": not s.self_steps, "foreground": not s.self_steps, "set": preset != "voc",
         "background": preset != "voc", "synsets": not s.imagenet and not s.background,
         "limit": preset == "toy", "toy_images": preset != "toy", "toy_scenes": preset != "toy",
     }  # fmt: skip
@@ -690,15 +761,16 @@ def main():
             file = out / f"self{turn}.npy"
             with first_process_first():
                 if RANK == 0 and stage.first == begin:
+                    net.eval()
+                    learn_foreground(net, photos, s, device)
                     labels = own_labels(net, photos, s, device)
                     data.write_atomically(file, functools.partial(np.save, arr=labels))
                 with data.reading(file, "labels of this run's photographs; train again"):
                     photos.cells = np.load(file)
                     if len(photos.cells) != len(photos):
                         raise ValueError(f"{len(photos.cells)} labels")
-        if photos.cells is not None:  # rare classes are not to be given up
-            frequencies = log_frequencies(photos.cells, len(photos.classes))
-            stage.shift = s.balance * frequencies.to(device)
+            for p in net.foreground.parameters():
+                from_first_process(p)
         optimizer = make_optimizer(net, s, device)
         if stage.first > begin:
             optimizer.load_state_dict(saved["optimizer"])
