@@ -531,9 +531,7 @@ def folder_photos(folder, tags):
     listed = {file.resolve() for file in names}
     unlisted = [file for file in image_files(folder) if file.resolve() not in listed]
     if unlisted:
-        print(
-            f"{tags}: {len(unlisted)} photographs are not listed, such as {unlisted[0]}; left out"
-        )
+        print(f"{tags}: left out: {len(unlisted)} photographs without a line, {unlisted[0]} first")
     classes = ["background", *sorted(set().union(*names.values()))]
     spelt = {letters(name): name for name in classes}
     for name in classes:

@@ -779,7 +779,9 @@ def test_a_missing_photograph_is_left_out_and_named_once():
 
 def test_photographs_that_have_no_line_of_tags_are_counted():
     make_folder(["0.png,cat", "1.png,"])
-    assert "2 photographs are not listed, such as photos/2.png" in ok(f"{FOLDER} --cache no")
+    assert "left out: 2 photographs without a line, photos/2.png first" in ok(
+        f"{FOLDER} --cache no"
+    )
 
 
 def test_broken_photographs_are_left_out_and_named_once():
@@ -881,6 +883,33 @@ def test_own_labels_change_where_the_scores_do(trunk, size, monkeypatch):
     in_photo = (np.arange(size) + 0.5) * size / labels[0].shape[1] - 0.5  # of each column
     assert np.array_equal(labels[0], np.tile(in_photo > size / 3, (len(labels[0]), 1)))
     assert np.array_equal(cells[0], np.tile(places > size / 3, (len(places), 1)))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_foreground_lies_under_the_cells_of_the_scores(factor):
+    """The head's middle weights are the foreground's: so the two maps are one, but for its scale."""
+    net = model.Net("tiny", ["background", "cat"]).eval()
+    net.head[0].weight.data.zero_()
+    net.head[0].weight.data[1, :, 1, 1] = torch.rand(64)
+    net.foreground.weight[0, :, 0, 0] = net.head[0].weight.data[1, :, 1, 1]
+    image = torch.from_numpy(random_image(0, 75, 110)).permute(2, 0, 1)[None]
+    in_training = net.scores(net.frozen(image))
+    dense = net.dense(image, factor)[:2]
+    for scores, foreground in (in_training, dense):
+        ratio = foreground[:, 0] / scores[:, 1]
+        assert foreground.shape[2:] == scores.shape[2:]
+        assert torch.allclose(ratio, ratio.mean(), rtol=1e-3)
+
+
+def test_labels_and_photographs_see_the_foreground():
+    net = model.Net("tiny", ["background", "cat"]).eval()
+    image = random_image(0, 60, 80)
+    p, q = infer.predict(net, image)
+    net.foreground.bias.fill_(2.0)
+    lowered, same_q = infer.predict(net, image)
+    odds = np.log(lowered[1] / lowered[0]) - np.log(p[1] / p[0])
+    assert np.allclose(odds, 2, atol=1e-3)
+    assert np.array_equal(q, same_q)  # of the whole image
 
 
 def test_foreground_is_found_without_labels(monkeypatch):

@@ -205,12 +205,6 @@ def summed(x):
     return x
 
 
-def from_first_process(x):
-    """x, a tensor, becomes the first process's."""
-    if WORLD > 1:
-        dist.broadcast(x, 0)
-
-
 def total(there):
     """How many of a bool tensor are true, in all processes: a float tensor of at least 1."""
     return summed(there.sum().float()).clamp(min=1)
@@ -333,13 +327,14 @@ def look(net, photos, i, device):
 
 
 def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
-    """C2AM (Xie et al., CVPR 2022): fills net.foreground, a linear map of what a cell holds.
+    """C2AM (Xie et al., CVPR 2022): fills net.foreground, a linear map of a cell's D maps to 1.
 
-    Learned without labels: mean vectors of all images' foregrounds shall be alike, those of their
+    photos: with cached features; at most so many are used, and held in half precision. No label
+    says what foreground is: over a batch, the mean vectors of foregrounds shall be alike, those of
     backgrounds, too, and those of the one unlike those of the other. Which is which is told by the
-    scores. It takes seconds, and the memory of so many photographs' features in half precision."""
+    scores of background and the tagged classes."""
     some, vectors, objects = data.spread(len(photos), most), [], []
-    for i in some:
+    for i in data.progress(some, "training images looked at"):
         maps, scores, _ = look(net, photos, i, device)
         present = photos.tags[i].to(device) > 0
         present[0] = True  # background
@@ -382,7 +377,7 @@ def cosines(a, b):
 
 
 def alike(vectors, alpha=0.25):
-    """Small where unit vectors (N, D) are alike; the most alike pairs count most (C2AM, Eq. 5)."""
+    """Small where unit vectors (N, D) are alike; the most alike pairs count most (C2AM)."""
     n = len(vectors)
     others = ~torch.eye(n, dtype=torch.bool, device=vectors.device)
     similarity = cosines(vectors, vectors)[others].view(n, n - 1)
@@ -761,7 +756,6 @@ def main():
             file = out / f"self{turn}.npy"
             with first_process_first():
                 if RANK == 0 and stage.first == begin:
-                    net.eval()
                     learn_foreground(net, photos, s, device)
                     labels = own_labels(net, photos, s, device)
                     data.write_atomically(file, functools.partial(np.save, arr=labels))
@@ -769,8 +763,9 @@ def main():
                     photos.cells = np.load(file)
                     if len(photos.cells) != len(photos):
                         raise ValueError(f"{len(photos.cells)} labels")
-            for p in net.foreground.parameters():
-                from_first_process(p)
+            if WORLD > 1:  # what the first process has learned
+                for p in net.foreground.parameters():
+                    dist.broadcast(p, 0)
         optimizer = make_optimizer(net, s, device)
         if stage.first > begin:
             optimizer.load_state_dict(saved["optimizer"])
