@@ -123,10 +123,8 @@ def reading(path, expected):
     """What goes wrong inside, while a file is read, becomes one InputError: file, why, expected."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as e:  # decoders and parsers raise many kinds on damaged files
-        if getattr(e, "filename", None):
+        if isinstance(e, InputError) or getattr(e, "filename", None):
             raise  # it names its file
         why = str(e).partition("\n")[0]
         if not 0 < len(why) < 160:  # torch's advice there is to execute the file
@@ -138,13 +136,11 @@ def read_rows(path, expected, columns=0):
     """Non-blank rows of a text file: lists of `columns` cells between commas, or (0) of words."""
     with reading(path, expected), open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file) if columns else [line.split() for line in file]
-        rows = []
-        for number, cells in enumerate(lines, 1):
-            row = [cell.strip() for cell in cells]
-            if any(row):
-                rows.append(row)
-                if columns and len(row) != columns:
-                    raise ValueError(f"line {number} has not {columns} cells with commas between")
+        rows = [[cell.strip() for cell in cells] for cells in lines]
+        rows = [row for row in rows if any(row)]
+        wrong = [row for row in rows if columns and len(row) != columns]
+        if wrong:
+            raise ValueError(f"a line of {len(wrong[0])} cells, {wrong[0][0][:40]!r}")
         return rows
 
 
@@ -180,20 +176,14 @@ def save_labels(path, labels, classes=None, comment=""):
     write_atomically(path, lambda file: image.save(file, "png", pnginfo=notes))
 
 
-def read_notes(path):
-    """(classes that a label PNG says its indices mean or "", its comment or "")."""
-    with reading(path, "a label PNG"), Image.open(path) as image:
-        return image.info.get("Classes", ""), str(image.info.get("Comment", ""))
-
-
 def to_8_bits(values):
     """(H, W) of a 16-bit or float image -> float 0..255; the full scale is read off the largest."""
-    if not np.isfinite(values).all() or not 0 <= values.min() <= values.max() < 2**16:
+    largest = values.max()
+    if not 0 <= values.min() <= largest < 2**16:
         raise ValueError("values below 0, above 16 bits, or NaN")
-    scales = [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
-    if values.dtype.kind == "f" and values.max() < 2:  # 0..1, and what overshoots
-        scales = [1.0]
-    full = next((scale for scale in scales if values.max() <= scale), 1.0)
+    full = min(2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
+    if values.dtype.kind == "f" and largest < 2:  # 0..1, and what overshoots
+        full = 1
     return (values.astype(np.float64) * 255 / full).clip(0, 255)
 
 
@@ -253,7 +243,8 @@ class Photos:
         if self.features is not None:
             x = torch.from_numpy(self.features[self.rows[i]].copy())
             if self.mirror and place >= 0.5:
-                return i, x.flip(-1), None if cells is None else cells.flip(-1)
+                x = x.flip(-1)
+                cells = None if cells is None else cells.flip(-1)
             return i, x, cells
         try:
             image = Image.fromarray(load_image(self.paths[i], near=self.size))
@@ -372,20 +363,16 @@ def find_masks(photos, folder):
 
     A mask is <photograph's name>.png; a photo without one counts if its only tag is background."""
     there = {p.stem: p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() == ".png"}
-    indices, files, owners = [], [], {}
-    for i, path in enumerate(photos.paths):
-        mask = there.get(Path(path).stem)
-        if mask and owners.setdefault(mask, path) != path:
-            raise InputError(f"{mask}: of {owners[mask]} or of {path}? give them other names")
-        if mask or photos.tags[i, 0] > 0:
-            indices.append(i)
-            files.append(mask)
-    counts = f"{len(owners)} of {len(photos)} photographs have a mask"
-    if not owners:
-        raise InputError(f"--masks {folder}: {counts}; expected <photograph's name>.png")
-    plain, left_out = len(indices) - len(owners), len(photos) - len(indices)
+    masks = [there.get(Path(path).stem) for path in photos.paths]
+    found = [mask for mask in masks if mask]
+    counts = f"{len(found)} of {len(photos)} photographs have a mask"
+    if not found or len(set(found)) < len(found):
+        wanted = "expected <photograph's name>.png, and no two photographs of one name"
+        raise InputError(f"--masks {folder}: {counts}; {wanted}")
+    indices = [i for i, mask in enumerate(masks) if mask or photos.tags[i, 0] > 0]
+    plain, left_out = len(indices) - len(found), len(photos) - len(indices)
     print(f"--masks {folder}: {counts}, {plain} others are background alone, {left_out} left out")
-    return indices, files
+    return indices, [masks[i] for i in indices]
 
 
 def read_mask(path, photo, classes):
@@ -435,8 +422,7 @@ def read_tags(folder, path):
         real = file.resolve()
         if not file.is_file() or not real.is_relative_to(Path(folder).resolve()):
             raise InputError(f"{path}: {file} is no file there; expected {expected}")
-        words = [word for word in cell.split(";") if word.strip()]
-        names = {class_name(word, path) for word in words} - {"background"}
+        names = {class_name(word, path) for word in cell.split(";")} - {"background"}
         tags.setdefault(files.setdefault(real, file), set()).update(names)
     if len(tags) < len(rows):
         print(f"{path}: {len(rows) - len(tags)} rows name a file again; its tags are united")
@@ -451,10 +437,8 @@ def voc_ids(voc, name, kinds=("Segmentation", "Main")):
     lists = [Path(voc, "ImageSets", kind, f"{name}.txt") for kind in kinds]
     path = next((p for p in lists if p.exists()), lists[0])
     expected = "different image ids, one a line, in a devkit's VOC2012 folder"
-    ids = []
-    for row in read_rows(path, expected):
-        file = Path(row[0])
-        ids.append(file.stem if file.suffix in (".jpg", ".png") else file.name)
+    files = [Path(row[0]) for row in read_rows(path, expected)]
+    ids = [file.stem if file.suffix in (".jpg", ".png") else file.name for file in files]
     bad = [i for i in ids if not i.strip(".") or set(i) & set("\\:\0")]
     if not ids or bad or len(set(ids)) < len(ids):
         found = f"{len(ids)} ids, {len(set(ids))} different ones, bad: {bad[:1]}"
@@ -499,14 +483,12 @@ def xml_tags(path):
 def voc_photos(voc, name):
     """Photos of a set with its tags, difficult objects too: of ImageSets/Main, else Annotations."""
     listed = voc_tags(voc, name)
-    ids = voc_ids(voc, name, ("Main", "Segmentation"))
-    tags = []
-    for i in ids:
-        if i in listed:
-            tags.append(set.union(*listed[i]))
-        else:
-            tags.append(xml_tags(Path(voc, "Annotations", f"{i}.xml")))
-    return tagged([Path(voc, "JPEGImages", f"{i}.jpg") for i in ids], tags, VOC_CLASSES)
+    paths, tags = [], []
+    for i in voc_ids(voc, name, ("Main", "Segmentation")):
+        xml = Path(voc, "Annotations", f"{i}.xml")
+        tags.append(set.union(*listed[i]) if i in listed else xml_tags(xml))
+        paths.append(Path(voc, "JPEGImages", f"{i}.jpg"))
+    return tagged(paths, tags, VOC_CLASSES)
 
 
 def image_files(folder):

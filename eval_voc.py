@@ -32,13 +32,12 @@ def confusion(truth, prediction, classes):
     """Joint histogram of one image, (K, K) int64; pixels whose truth is 255 (void) are left out.
 
     truth, prediction: (H, W) uint8. Raises ValueError where the sizes differ or an index is no
-    class; a predicted index that is too large is an error even under void, as in the devkit."""
+    class, even one predicted under void, as in the devkit."""
     if truth.shape != prediction.shape:
         sizes = f"{prediction.shape[::-1]} pixels, but the truth has {truth.shape[::-1]}"
         raise ValueError(f"{sizes}; nothing is resized")
     if prediction.max() >= classes:
-        wanted = f"expected 0..{classes - 1}, 255 is not allowed"
-        raise ValueError(f"holds index {prediction.max()}; {wanted}")
+        raise ValueError(f"holds index {prediction.max()} of {classes}; 255 is not allowed")
     labelled = truth != VOID
     true, predicted = truth[labelled].astype(np.int64), prediction[labelled]
     if true.max(initial=0) >= classes:
@@ -69,8 +68,7 @@ def need_objects(matrix, images):
 def summarise(matrix, classes, images):
     """A confusion (K, K) as JSON-ready percentages; mean_iou is VOC's: None if one is undefined.
 
-    mean_iou_defined: over the classes_defined classes that occur; mean_accuracy: mean recall, as in
-    Table 2."""
+    mean_iou_defined: over the classes that occur; mean_accuracy: mean recall, as in Table 2."""
     report = {"images": images}
     iou, precision, recall = measures(matrix)
     for what, values in (("iou", iou), ("precision", precision), ("recall", recall)):
@@ -97,8 +95,8 @@ def average_precision(scores, present):
 def ladder(net, samples, options, priors=None, workers=0):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples.
 
-    options: of infer.Scene and Eq. 7, a dict; priors: names, by default all; workers: as for
-    infer.overlapped. Returns a JSON-ready dict and {name: q (K,)}."""
+    options: of infer.Scene and Eq. 7, a dict; priors: names, by default all. Returns a JSON-ready
+    dict and {name: q (K,)}."""
     matrices, scores = {}, {}
     rungs = functools.partial(rung_counts, options, priors or list(infer.PRIORS))
     predicted = ((*sample, *infer.predict(net, sample[1])) for sample in samples)
@@ -119,25 +117,23 @@ def rung_counts(options, priors, predicted):
     labels = {"base": p.argmax(0)}
     for prior in priors:
         labels["ilp" if prior == "none" else f"ilp+{prior}"] = infer.PRIORS[prior](weighed, scene)
-    with data.reading(
-        f"{name}.png", "a mask of the photograph's size, of the checkpoint's classes"
-    ):
+    expected = "a mask of the photograph's size, of the checkpoint's classes"
+    with data.reading(f"{name}.png", expected):
         return name, q, {row: confusion(truth, x, len(p)) for row, x in labels.items()}
 
 
 def print_ladder(report):
     """One column a rung; for VOC's classes the paper's val mean below ours."""
     rows, classes = report["rows"], report["classes"]
-    lines = {"": rows}
-    for name in classes:
-        lines[name] = [r["iou"][name] for r in rows.values()]
+    lines = {name: [r["iou"][name] for r in rows.values()] for name in classes}
     lines["mean IoU"] = [r["mean_iou_defined"] for r in rows.values()]
     if classes == data.VOC_CLASSES:
         lines["paper, val"] = [PAPER.get(row) for row in rows]
     width = max(map(len, lines))
+    print(" " * width, *(f"{row:>11}" for row in rows))
     for name, values in lines.items():
-        words = [v if isinstance(v, str) else "-" if v is None else f"{v:.1f}" for v in values]
-        print(f"{name:{width}} {' '.join(f'{word:>11}' for word in words)}")
+        words = ["-" if v is None else f"{v:.1f}" for v in values]
+        print(f"{name:{width}}", *(f"{word:>11}" for word in words))
     if any(r["mean_iou"] is None for r in rows.values()):
         print("(means are over the classes that a column or its masks hold: do not compare them)")
     if "mean_average_precision" in report:
@@ -149,15 +145,14 @@ def draw_ladder(path, report):
     names, lines = ["mean IoU", *report["classes"]][::-1], {}
     for row, r in report["rows"].items():
         values = [r["mean_iou_defined"], *r["iou"].values()][::-1]
-        lines[row] = [math.nan if v is None else v for v in values], names
+        lines[row] = np.array(values, float), names  # None becomes NaN
     infer.save_chart(path, lines, "IoU, %", "o", (9, 0.3 * len(names) + 1))
 
 
 def voc_samples(voc, name, limit=0):
     """Yield (id, image, truth) of a VOC set, or of `limit` images spread over it."""
     ids = data.voc_ids(voc, name)
-    if limit:
-        ids = [ids[i] for i in data.spread(len(ids), limit)]
+    ids = [ids[i] for i in data.spread(len(ids), limit or len(ids))]
     photos = [Path(voc, "JPEGImages", f"{i}.jpg") for i in ids]
     masks = [Path(voc, "SegmentationClass", f"{i}.png") for i in ids]
     for path in photos + masks:  # all, before the work
@@ -182,13 +177,16 @@ def attempt(function, items):
     return results
 
 
-def check_notes(path, classes, known_tags_allowed=False):
-    """Raises InputError where a label PNG says that it is not what is scored here."""
-    meant, comment = data.read_notes(path)
+def read_prediction(path, classes, known_tags_allowed=False):
+    """Labels (H, W) of a PNG; raises InputError where its notes say that they are others."""
+    labels = data.read_labels(path)
+    with Image.open(path) as image:
+        meant, comment = image.info.get("Classes"), image.info.get("Comment", "")
     if meant and meant != ";".join(classes):
-        raise InputError(f"{path}: labels of {meant.replace(';', ', ')}; give --classes CKPT")
-    if "known tags" in comment and not known_tags_allowed:
+        raise InputError(f"{path}: labels of {meant}; give --classes CKPT")
+    if "known tags" in str(comment) and not known_tags_allowed:
         raise InputError(f"{path}: made with known tags; score it with --void-allowed")
+    return labels
 
 
 def run_score(args):
@@ -196,13 +194,13 @@ def run_score(args):
     classes, start = data.VOC_CLASSES, time.perf_counter()
     if args.classes:
         with data.reading(args.classes, "a checkpoint of train.py"):
-            classes = model.read_checkpoint(args.classes)["classes"]
+            classes = list(model.read_checkpoint(args.classes)["classes"])
     K = len(classes)
 
     def compare(i):
-        path, mask = Path(args.folder, f"{i}.png"), Path(args.voc, "SegmentationClass", f"{i}.png")
-        truth, labels = data.read_labels(mask), data.read_labels(path)
-        check_notes(path, classes, args.void_allowed)
+        path = Path(args.folder, f"{i}.png")
+        labels = read_prediction(path, classes, args.void_allowed)
+        truth = data.read_labels(Path(args.voc, "SegmentationClass", f"{i}.png"))
         with data.reading(path, "labels as infer.py writes them"):
             if not args.void_allowed:
                 return confusion(truth, labels, K)
@@ -225,12 +223,11 @@ def run_score(args):
     print(f"{'':{width}} {'IoU':>7} {'precision':>10} {'recall':>7}")
     for name, iou, precision, recall in zip(classes, *measures(total[:K, :K])):
         print(f"{name:{width}} {iou:7.2f} {precision:10.2f} {recall:7.2f}")
-    mean = math.nan if report["mean_iou"] is None else report["mean_iou"]
     whose = "where labelled" if args.void_allowed else "VOC"
-    print(f"mean IoU ({whose}) {mean:.2f}   mean class accuracy {report['mean_accuracy']:.2f}")
     if report["mean_iou"] is None:
-        occur = f"{report['classes_defined']} of {len(classes)} classes that occur"
-        print(f"mean IoU over the {occur} {report['mean_iou_defined']:.2f}   (not VOC's)")
+        whose = f"of {report['classes_defined']} of {K} classes, which occur: not VOC's"
+    mean, accuracy = report["mean_iou_defined"], report["mean_accuracy"]
+    print(f"mean IoU ({whose}) {mean:.2f}   mean class accuracy {accuracy:.2f}")
     speed = len(matrices) / (time.perf_counter() - start)
     print(f"{len(matrices)} images, {speed:.0f} images/s")
     if args.json:
@@ -268,13 +265,13 @@ def run_submit(args):
     files = {i: Path(args.folder, f"{i}.png") for i in data.voc_ids(args.voc, args.set)}
 
     def check(i):
-        labels, photo = data.read_labels(files[i]), Path(args.voc, "JPEGImages", f"{i}.jpg")
-        check_notes(files[i], data.VOC_CLASSES)
-        with data.reading(files[i], "a palette PNG of the photograph's size, of classes 0..20"):
-            with Image.open(files[i]) as image, Image.open(photo) as picture:
-                mode, size, wanted = image.mode, image.size, picture.size
-            if mode != "P" or size != wanted or labels.max() >= len(data.VOC_CLASSES):
-                raise ValueError(f"mode {mode}, {size} pixels for {wanted}, up to {labels.max()}")
+        highest = read_prediction(files[i], data.VOC_CLASSES).max()
+        photo = Path(args.voc, "JPEGImages", f"{i}.jpg")
+        expected = "a palette PNG of the photograph's size, of classes 0..20"
+        with Image.open(files[i]) as image, Image.open(photo) as picture:
+            found = f"mode {image.mode}, {image.size} for {picture.size} pixels, up to {highest}"
+            if image.mode != "P" or image.size != picture.size or highest > 20:
+                raise InputError(f"{files[i]}: {found}; expected {expected}")
 
     def pack(file):
         with tarfile.open(fileobj=file, mode="w:gz", dereference=True) as tar:
