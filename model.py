@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 VOID = 255  # a pixel or cell without a label
 
@@ -138,8 +139,7 @@ def centring(n, rows):
 def dense_rows(rows, factor):
     """The same net on a grid `factor` times finer: strides removed, later rows dilated (section 4).
 
-    One pass equals the factor**2 passes over shifted inputs that the paper stitches together.
-    Raises ValueError where factor does not divide the stride, or part of it is a module's."""
+    One pass equals the factor**2 passes over shifted inputs that the paper stitches together."""
     stride = geometry(rows)[0]
     if factor < 1 or stride % factor:
         raise ValueError(f"dense {factor}: it must divide the stride, {stride}")
@@ -155,19 +155,17 @@ def dense_rows(rows, factor):
     return dense
 
 
-COLUMNS = "kernel", "stride", "pad", "cells", "maps", "params", "GFLOPs", "step", "field", "centre"
-
-
 def layer_table(rows, n):
-    """One dict of COLUMNS per row, for an input of n x n pixels; lengths in pixels."""
+    """A dict for each row, of an input of n x n pixels; lengths in pixels."""
     maps, lines = 3, []
     for i, row in enumerate(rows):
         n = out_size(n, [row])
         weights = row.out * maps * row.kernel**2  # 0 in a pool
         maps = row.out or maps
-        counts = n, maps, weights + row.out, 2e-9 * weights * n * n
-        values = row.kernel, row.stride, row.pad, *counts, *geometry(rows[: i + 1])
-        lines.append(dict(zip(COLUMNS, values)))
+        step, field, centre = geometry(rows[: i + 1])
+        line = {"kernel": row.kernel, "stride": row.stride, "pad": row.pad, "cells": n}
+        line |= {"maps": maps, "params": weights + row.out, "GFLOPs": 2e-9 * weights * n * n}
+        lines.append({**line, "step": step, "field": field, "centre": centre})
     return lines
 
 
@@ -192,8 +190,8 @@ AGGREGATIONS = {  # name: f(scores (B, K, h, w), r) -> (B, K)
 def tag_loss(image_scores, tags, form="softmax"):
     """Eq. 2 and 3: minus the log-likelihood of each image's tags.
 
-    image_scores (B, K); tags (B, K) of 0/1, at least one an image -> (B,). "softmax": the paper's;
-    several tags share the target equally. "sigmoid": every class on its own."""
+    image_scores (B, K); tags (B, K) of 0/1 -> (B,). "softmax": the paper's; several tags share the
+    target equally. "sigmoid": every class on its own."""
     if form == "sigmoid":
         return F.binary_cross_entropy_with_logits(image_scores, tags, reduction="none").mean(1)
     return F.cross_entropy(image_scores, tags / tags.sum(1, keepdim=True), reduction="none")
@@ -354,8 +352,8 @@ def pixel_scores(scores, foreground):
 def upsample(scores, size, step, offset, seen=None):
     """Bilinear interpolation from cells to pixels, exact for any step and offset; constant outside.
 
-    scores (B, K, h, w), cell i on pixel step * i + offset of the image that the net has seen; size:
-    (H, W) wanted; seen: (H', W') of that image, if it was at another resolution -> (B, K, H, W)."""
+    scores (B, K, h, w), cell i on pixel step * i + offset -> (B, K, *size); seen: (H', W') of the
+    image that the net has seen, if it was at another resolution than size, (H, W)."""
     matrices = []  # (H, h) and (W, w): weights of the cells in each pixel
     for n, cells, n_seen in zip(size, scores.shape[2:], seen or size):
         pixels = torch.arange(n, device=scores.device)
@@ -508,11 +506,9 @@ def load_net(path, weights="", device="cpu", dense=None, sides=None):
 # ---------------------------------------------------------------- devices and their rates
 def pick_device(name="auto"):
     """The one place that chooses: "auto" takes CUDA, then MPS (Apple), then the CPU."""
-    known = ["cpu"]
-    if torch.backends.mps.is_available():
-        known = ["mps", *known]
-    if torch.cuda.is_available():
-        known = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *known]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = ["cuda", *gpus] if gpus else []
+    known += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if name not in ("auto", *known):
         raise argparse.ArgumentTypeError(f"no device '{name}'; expected auto, {', '.join(known)}")
     return torch.device(known[0] if name == "auto" else name)
@@ -564,8 +560,6 @@ def bench(net, device, gflops, batch=4):
 
 @torch.no_grad()
 def main():
-    from torch.utils.flop_counter import FlopCounterMode
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("trunk", nargs="?", choices=list(TRUNKS), help="its layer table [list all]")
@@ -583,7 +577,7 @@ def main():
         print(f"{name}: stride {lines[-1]['step']}, receptive field {lines[-1]['field']}, trunk "
               f"{params:,} parameters and {gflops:.1f} GFLOPs at {size}x{size}, head {head:,}")  # fmt: skip
         if args.trunk:
-            print(f"{'':12}", *(f"{column:>10}" for column in COLUMNS))
+            print(f"{'':12}", *(f"{column:>10}" for column in lines[0]))
             for i, line in enumerate(lines):
                 kind = f"{'trunk' if i < depth else 'head'} {net.rows[i].kind}"
                 print(f"{kind:12}", *(f"{round(value, 2):>10,}" for value in line.values()))
