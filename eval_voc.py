@@ -36,12 +36,11 @@ def confusion(truth, prediction, classes):
     if truth.shape != prediction.shape:
         sizes = f"{prediction.shape[::-1]} pixels, but the truth has {truth.shape[::-1]}"
         raise ValueError(f"{sizes}; nothing is resized")
-    if prediction.max() >= classes:
-        raise ValueError(f"holds index {prediction.max()} of {classes}; 255 is not allowed")
     labelled = truth != VOID
     true, predicted = truth[labelled].astype(np.int64), prediction[labelled]
-    if true.max(initial=0) >= classes:
-        raise ValueError(f"its truth holds index {true.max()}, beyond the {classes} classes")
+    highest = max(prediction.max(), true.max(initial=0))
+    if highest >= classes:
+        raise ValueError(f"it or its truth holds index {highest}; 255 is not allowed here")
     counts = np.bincount(true * classes + predicted, minlength=classes * classes)
     return counts.reshape(classes, classes)
 
@@ -59,18 +58,15 @@ def mean_defined(values):
     return float(known.mean()) if known.size else math.nan
 
 
-def need_objects(matrix, images):
-    """Raises InputError where no true mask holds an object: a confusion's rows from 1 on."""
-    if not matrix[1:].any():
-        raise InputError(f"{images} true masks hold no object; expected class indices, not 255")
-
-
 def summarise(matrix, classes, images):
     """A confusion (K, K) as JSON-ready percentages; mean_iou is VOC's: None if one is undefined.
 
-    mean_iou_defined: over the classes that occur; mean_accuracy: mean recall, as in Table 2."""
+    mean_iou_defined: over the classes that occur; mean_accuracy: mean recall, as in Table 2.
+    A column K holds pixels without a label. Raises InputError where no true mask has an object."""
+    if not matrix[1:].any():
+        raise InputError(f"{images} true masks hold no object; expected class indices, not 255")
     report = {"images": images}
-    iou, precision, recall = measures(matrix)
+    iou, precision, recall = measures(matrix[:, : len(classes)])
     for what, values in (("iou", iou), ("precision", precision), ("recall", recall)):
         defined = [None if math.isnan(v) else float(v) for v in values]
         report[what] = dict(zip(classes, defined))
@@ -104,7 +100,6 @@ def ladder(net, samples, options, priors=None, workers=0):
         scores[name] = q
         for row, matrix in counts.items():
             matrices[row] = matrices.get(row, 0) + matrix
-    need_objects(matrices["base"], len(scores))
     rows = {row: summarise(m, net.classes, len(scores)) for row, m in matrices.items()}
     return {"rows": rows, "classes": net.classes}, scores
 
@@ -209,8 +204,7 @@ def run_score(args):
 
     matrices = attempt(compare, data.voc_ids(args.voc, args.set))
     total = sum(matrices)
-    need_objects(total, len(matrices))
-    report = summarise(total[:K, :K], classes, len(matrices))
+    report = summarise(total[:K], classes, len(matrices))
     if args.void_allowed:  # void is counted as class K
         iou = measures(total)[0][:K]
         wrong = float(iou[total[:K].sum(1) > 0].mean())
