@@ -71,10 +71,8 @@ def run_cli(main):
 
 def one_line(e):
     """What an InputError or OSError says."""
-    message = str(e)
-    if isinstance(e, OSError) and e.filename:
-        message = f"{e.filename}: {e.strerror}"
-    if isinstance(e, OSError) and e.errno:
+    message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+    if getattr(e, "errno", None):
         message += "; check that it exists, may be used, and that the disk has room"
     return message.replace("\n", " ")
 
@@ -287,9 +285,7 @@ def read_batches(photos, keys, workers=0, pin=False):
 
 
 def note_broken(photos, found, known):
-    """Name each broken photo once: found {index: why}, known: those named, which grows.
-
-    Raises InputError where more than 1 % of 100 or more photographs are broken, or all of them."""
+    """Name each broken photo once: found {index: why}, known: those named, which grows."""
     for i in found.keys() - known.keys():
         known[i] = found[i]
         print(f"left out: {found[i]}", file=sys.stderr)
@@ -347,8 +343,7 @@ def write_features(out, note, photos, compute, full_shape, workers, block=16):
     keys = [(i, 0.5) for i in range(len(photos))]
     blocks = [keys[start : start + block] for start in range(0, len(keys), block)]
     broken, batches = {}, read_batches(photos, blocks, workers)
-    for part, batch in zip(progress(blocks, "blocks cached"), batches):
-        indices, images, _, found = batch
+    for part, (indices, images, _, found) in zip(progress(blocks, "blocks cached"), batches):
         note_broken(photos, found, broken)
         features = np.zeros((len(part), *full_shape[1:]), np.float16)
         if indices:
@@ -409,9 +404,7 @@ def tagged(paths, tags, classes):
 
 
 def read_tags(folder, path):
-    """A CSV of file,tag;tag;... -> {file in folder: set of names}, empty for background alone.
-
-    Rows of one file are united. Raises InputError where a file is missing or outside the folder."""
+    """A CSV of file,tag;tag;... -> {file in folder: set of names}, empty for background alone."""
     expected = f"lines such as  photo.jpg,cat;dog  of files inside {folder}"
     rows = read_rows(path, expected, columns=2)
     if rows and rows[0][0].lower() in ("file", "image", "filename"):
@@ -456,10 +449,10 @@ def voc_tags(voc, name):
             continue  # a set that Main does not know has none of the 20
         with reading(path, expected):
             rows = read_rows(path, expected)
-            ids = {row[0] for row in rows}
-            if len(ids) < len(rows) or k > 1 and ids != tags.keys():
+            flags = {row[0]: row[1] for row in rows}
+            if len(flags) < len(rows) or k > 1 and flags.keys() != tags.keys():
                 raise ValueError("an id twice, or other ids than the classes before it")
-            for i, flag, *_ in rows:
+            for i, flag in flags.items():
                 present, difficult = tags.setdefault(i, (set(), set()))
                 {"1": present, "0": difficult, "-1": set()}[flag].add(k)
     return tags
