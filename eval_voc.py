@@ -40,7 +40,8 @@ def confusion(truth, prediction, classes):
     true, predicted = truth[labelled].astype(np.int64), prediction[labelled]
     highest = max(prediction.max(), true.max(initial=0))
     if highest >= classes:
-        raise ValueError(f"it or its truth holds index {highest}; 255 is not allowed here")
+        wanted = f"expected 0..{classes - 1}, 255 is not allowed"
+        raise ValueError(f"it or its truth holds index {highest}; {wanted}")
     counts = np.bincount(true * classes + predicted, minlength=classes * classes)
     return counts.reshape(classes, classes)
 
@@ -261,11 +262,11 @@ def run_submit(args):
     def check(i):
         highest = read_prediction(files[i], data.VOC_CLASSES).max()
         photo = Path(args.voc, "JPEGImages", f"{i}.jpg")
-        expected = "a palette PNG of the photograph's size, of classes 0..20"
-        with Image.open(files[i]) as image, Image.open(photo) as picture:
-            found = f"mode {image.mode}, {image.size} for {picture.size} pixels, up to {highest}"
-            if image.mode != "P" or image.size != picture.size or highest > 20:
-                raise InputError(f"{files[i]}: {found}; expected {expected}")
+        with data.reading(files[i], "a palette PNG of the photograph's size, of classes 0..20"):
+            with Image.open(files[i]) as image, Image.open(photo) as picture:
+                mode, size, wanted = image.mode, image.size, picture.size
+            if mode != "P" or size != wanted or highest >= len(data.VOC_CLASSES):
+                raise ValueError(f"mode {mode}, {size} pixels for {wanted}, up to {highest}")
 
     def pack(file):
         with tarfile.open(fileobj=file, mode="w:gz", dereference=True) as tar:
