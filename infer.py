@@ -315,13 +315,11 @@ def refine(p, image, regions):
     return smoothed(p * factor.astype(p.dtype), image, regions)
 
 
-def labels_from_tags(p, present, image, regions, sure):
+def labels_from_tags(p, classes, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
-    p (K, H, W) of its score map; present (K,) bool: its tags. A softmax over background and the
-    tagged classes alone, then `smoothed`."""
-    classes = np.union1d(np.flatnonzero(present), 0)  # and background
-    share = smoothed(p[classes], image, regions)
+    classes (C,): indices of background and of its tags; p (C, H, W): theirs alone."""
+    share = smoothed(p, image, regions)
     labels = classes[share.argmax(0)]
     return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 
@@ -470,7 +468,8 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
 def overlapped(priors, predictions, workers=0):
     """Yield priors(prediction) in order, from a thread or `workers` processes, only a few ahead."""
     if workers:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))  # one core each
     else:
         pool = ThreadPoolExecutor(1)
     with pool:
@@ -580,7 +579,8 @@ def write_labels(args, classes, thresholds, predicted):
     if present is None:
         labels = PRIORS[args.prior](p, scene).astype(np.uint8)
     else:
-        labels = labels_from_tags(p, present, scene.image, scene.regions, args.sure)
+        tagged = np.union1d(np.flatnonzero(present), 0)  # and background
+        labels = labels_from_tags(p[tagged], tagged, scene.image, scene.regions, args.sure)
         comment = "training label: made with known tags"
     with timed("writing"):
         labels = np.asarray(Image.fromarray(labels).resize(photo.shape[1::-1], Image.NEAREST))

@@ -391,7 +391,8 @@ def own_labels(net, photos, s, device):
     def scored():
         for i in data.progress(range(len(photos)), "training images labelled"):
             _, scores, foreground = look(net, photos, i, device)
-            yield photos.paths[i], photos.tags[i] > 0, model.pixel_scores(scores, foreground).cpu()
+            tagged = np.union1d(np.flatnonzero(photos.tags[i]), 0)  # and background
+            yield photos.paths[i], tagged, model.pixel_scores(scores, foreground)[:, tagged].cpu()
 
     stride, _, centre = model.geometry(net.rows)
     label = functools.partial(label_cells, net.cells(s.size), stride, centre, s.size, s.sure)
@@ -399,12 +400,12 @@ def own_labels(net, photos, s, device):
 
 
 def label_cells(cells, stride, centre, size, sure, scored):
-    """Labels (h, w) of one photograph, of (path, tags (K,) bool, scores (1, K, h, w))."""
-    path, present, scores = scored
+    """Labels (h, w) of one photograph, of (path, classes (C,), their scores (1, C, h, w))."""
+    path, classes, scores = scored
     image = data.shrink(data.load_image(path, near=size), size)
     p = model.upsample(scores, image.shape[:2], stride, centre, (size, size)).softmax(1)[0]
     regions = infer.superpixels_at_half(image)
-    labels = infer.labels_from_tags(p.numpy(), present.numpy(), image, regions, sure)
+    labels = infer.labels_from_tags(p.numpy(), classes, image, regions, sure)
     return at_cells(labels, cells, size)
 
 
