@@ -54,13 +54,15 @@ def predict(net, image):
     scores, image_scores = 0, 0
     for side in sides:
         ratio = side / math.sqrt(H * W)
-        h, w = max(1, round(H * ratio)), max(1, round(W * ratio))
+        h = max(1, round(H * ratio))
+        w = max(1, round(W * ratio))
         seen = np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
         x = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device)  # (1, 3, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
             cells, foreground, step, offset = net.dense(x, net.dense_factor)
-        labelling = model.pixel_scores(cells, foreground)
-        scores = scores + model.upsample(labelling, (H, W), step, offset, (h, w))[0] / len(sides)
+        cell_scores = model.pixel_scores(cells, foreground)
+        pixels = model.upsample(cell_scores, (H, W), step, offset, (h, w))[0]
+        scores = scores + pixels / len(sides)
         image_scores = image_scores + net.aggregate(cells)[0] / len(sides)
     return scores.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
 
@@ -93,9 +95,9 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
         costs.append(np.sqrt(((smooth[a] - smooth[b]) ** 2).sum(1)))
         starts.append(a)
         ends.append(b)
-    costs, starts, ends = np.concatenate(costs), np.concatenate(starts), np.concatenate(ends)
-    order = np.argsort(costs, kind="stable")
-    edges = list(zip(costs[order].tolist(), starts[order].tolist(), ends[order].tolist()))
+    columns = [np.concatenate(part) for part in (costs, starts, ends)]
+    order = np.argsort(columns[0], kind="stable")
+    edges = list(zip(*(column[order].tolist() for column in columns)))
 
     # By rising cost an edge joins A and B if it is below Int(A) + k/|A| and Int(B) + k/|B|; in a
     # second pass, if A or B is too small.
@@ -151,10 +153,13 @@ def hierarchy(regions, image, least=0.002):
     planes = image.reshape(-1, 3).T / 255
     colour = np.stack([np.bincount(flat, plane) for plane in planes], 1) / size[:, None]  # (S, 3)
     cost = np.zeros((len(size), len(size)))  # 0: no neighbours
-    for first, second in ((regions[:, 1:], regions[:, :-1]), (regions[1:], regions[:-1])):
+    across, below = (regions[:, 1:], regions[:, :-1]), (regions[1:], regions[:-1])
+    for first, second in (across, below):
         differ = first != second
         a, b = first[differ], second[differ]
-        cost[a, b] = cost[b, a] = np.linalg.norm(colour[a] - colour[b], axis=1) + 1e-6
+        difference = np.linalg.norm(colour[a] - colour[b], axis=1) + 1e-6
+        cost[a, b] = difference
+        cost[b, a] = difference
     distance = shortest_path(cost, directed=False)  # (S, S)
 
     S = len(size)
@@ -163,7 +168,7 @@ def hierarchy(regions, image, least=0.002):
     for node, (a, b) in enumerate(tree[:, :2].astype(int), S):
         segments[node] = segments[a] | segments[b]
     segments = segments[segments @ size >= least * regions.size]
-    border = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
+    border = [*regions[0], *regions[-1], *regions[:, 0], *regions[:, -1]]
     from_border = distance[:, np.unique(border)].min(1)  # (S,)
     return segments, scaled(segments @ (size * from_border) / (segments @ size))
 
@@ -210,7 +215,8 @@ def read_mcg(path, shape):
 
     with data.reading(path, "MCG's superpixels, labels, scores for a photograph up to 1,000 px"):
         mat = scipy.io.loadmat(path)
-        regions, scores = mat["superpixels"].astype(int) - 1, np.ravel(mat["scores"]).astype(float)
+        regions = mat["superpixels"].astype(int) - 1
+        scores = np.ravel(mat["scores"]).astype(float)
         parts = [np.ravel(cell).astype(int) - 1 for cell in mat["labels"].ravel()]  # all from 1
         if regions.shape != shape or regions.min() < 0 or regions.max() >= regions.size:
             raise ValueError(f"its superpixels are not {shape[1]}x{shape[0]} numbers from 1")
@@ -233,8 +239,9 @@ def vote(labels, regions):
 
 def evidence(p, objectness):
     """The best object class k (H, W), and v (H, W), its share of p (K, H, W) times objectness."""
-    share = p[1:].max(0) / np.maximum(p.sum(0), 1e-30)  # the ILP lowers the sum
-    return p[1:].argmax(0) + 1, share * objectness
+    objects = p[1:]
+    share = objects.max(0) / np.maximum(p.sum(0), 1e-30)  # the ILP lowers the sum
+    return objects.argmax(0) + 1, share * objectness
 
 
 def thresholded(p, objectness, delta):
@@ -310,9 +317,11 @@ def refine(p, image, regions):
     """Our own prior, nothing trained: saliency, pixel-adaptive refinement, superpixel means.
 
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W)."""
-    object_here = resized(saliency(small_picture(image, 128))[None], image.shape[:2])[0]
-    factor = np.sqrt(np.stack([1 - object_here, *[object_here] * (len(p) - 1)]))
-    return smoothed(p * factor.astype(p.dtype), image, regions)
+    small = saliency(small_picture(image, 128))
+    object_here = resized(small[None], image.shape[:2])[0]
+    weighed = p * np.sqrt(object_here).astype(p.dtype)
+    weighed[0] = p[0] * np.sqrt(1 - object_here).astype(p.dtype)
+    return smoothed(weighed, image, regions)
 
 
 def labels_from_tags(p, classes, image, regions, sure):
@@ -331,7 +340,8 @@ class Scene:
     them our own hierarchy serves."""
 
     def __init__(self, image, delta=None, boxes=None, mcg=None, name=""):
-        self.image, self.delta, self.boxes, self.mcg, self.name = image, delta, boxes, mcg, name
+        self.image, self.name = image, name
+        self.delta, self.boxes, self.mcg = delta, boxes, mcg
 
     @functools.cached_property
     def regions(self):
@@ -434,8 +444,8 @@ def save_panel(path, net, samples, prior="refine", ilp_form="objects", width=170
 
     face, gap, line = ImageFont.load_default(18), 4, 26
     columns = max(len(cells) for cells, _ in rows)
-    size = (gap + (width + gap) * columns, gap + sum(height + line for _, height in rows))
-    sheet = Image.new("RGB", size, "white")
+    total = sum(height + line for _, height in rows)
+    sheet = Image.new("RGB", (gap + (width + gap) * columns, gap + total), "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for cells, height in rows:
         for column, (caption, k, picture) in enumerate(cells):

@@ -53,20 +53,15 @@ class Trunk(NamedTuple):
     hub: tuple = ()  # of a module: repository, its entry, f(module, images) -> (B, D, h, w)
 
 
-def dinov2(name, maps):
-    """DINOv2 (Oquab et al., 2023): patch tokens of the last layer, after its norm, as a map."""
-
-    def patches(module, images):
-        return module.get_intermediate_layers(images, n=1, reshape=True)[0]
-
-    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-    url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
-    hub = ("facebookresearch/dinov2:main", name, patches)
-    return Trunk([Row("module", maps, 14, 14)], mean, std, (256,), 322, weights=url, hub=hub)
+def patch_tokens(module, images):
+    """What DINOv2's last layer says of each patch, after its norm, as maps (B, D, h, w)."""
+    return module.get_intermediate_layers(images, n=1, reshape=True)[0]
 
 
 conv = functools.partial(Row, "conv")  # (out, kernel, stride=1, pad=0)
 pool = functools.partial(Row, "pool", 0)  # (kernel, stride)
+
+IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 
 TRUNKS = {
     # Section 3: OverFeat's "accurate" net up to its sixth convolution, before the third pool.
@@ -97,8 +92,13 @@ TRUNKS = {
         conv(24, 5, stride=2), conv(32, 3), pool(2, 2), conv(64, 3, pad=1),
     ], mean=(128,), std=(64,), head=(), size=96),
 
-    "dinov2_vits14": dinov2("dinov2_vits14", 384),
-    "dinov2_vitb14": dinov2("dinov2_vitb14", 768),
+    # DINOv2 (Oquab et al., 2023): transformers of torch.hub, one cell a patch of 14 x 14 pixels.
+    "dinov2_vits14": Trunk([Row("module", 384, 14, 14)], **IMAGENET, head=(256,), size=322,
+        hub=("facebookresearch/dinov2:main", "dinov2_vits14", patch_tokens),
+        weights="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
+    "dinov2_vitb14": Trunk([Row("module", 768, 14, 14)], **IMAGENET, head=(256,), size=322,
+        hub=("facebookresearch/dinov2:main", "dinov2_vitb14", patch_tokens),
+        weights="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"),
 }  # fmt: skip
 OVERFEAT_BYTES = {"overfeat": 578_625_952, "overfeat-fast": 583_683_488}  # whole files
 
@@ -205,7 +205,8 @@ def pixel_loss(scores, labels):
     losses = F.cross_entropy(scores, labels.long(), ignore_index=VOID, reduction="none")
     halves = []
     for cells in (labels == 0, (labels > 0) & (labels != VOID)):
-        halves.append((losses * cells).sum((1, 2)) / cells.sum((1, 2)).clamp(min=1))
+        count = cells.sum((1, 2)).clamp(min=1)
+        halves.append((losses * cells).sum((1, 2)) / count)
     return (halves[0] + halves[1]) / 2
 
 
@@ -291,27 +292,25 @@ class Net(nn.Module):
         """What no gradient reaches and a cache may hold: images (B, 3, H, W) -> (B, D, h, w)."""
         return self.run(self.normalise(images), self.frozen_rows, self.trunk)
 
-    def scores(self, features):
-        """features from `frozen` -> score map s (B, K, h, w), Eq. 1, and foreground (B, 1, h, w)."""
-        dropout = self.dropout if self.training else 0.0
-        return self.head_scores(self.tuned(features), self.head_rows, dropout)
-
     def tuned(self, features):
-        """features from `frozen` -> what the whole trunk gives, maps (B, D, H, W)."""
+        """features from `frozen` -> the trunk's maps (B, D, h, w), through what is trained of it."""
         return self.run(features, self.tuned_rows, self.trunk[self.frozen_convs :])
 
-    def head_scores(self, maps, rows, dropout=0.0):
-        """What the head makes of the trunk's maps (B, D, H, W), and the foreground under its cells.
-
-        foreground: how far the background's score is to be lowered, see train.learn_foreground."""
-        scores = self.run(maps * self.spec.feature_scale, rows, self.head, dropout)
-        margin = (maps.shape[2] - scores.shape[2]) // 2  # what the head's windows take
+    def scores(self, maps, rows=None):
+        """The trunk's maps (B, D, h, w) -> score map s (B, K, h', w'), Eq. 1, and the foreground
+        (B, 1, h', w') under its cells: how far the background's score is to be lowered, see
+        train.learn_foreground. rows: in place of the head's."""
+        dropout = self.dropout if self.training else 0.0
+        scores = self.run(
+            maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout
+        )
         foreground = self.foreground(of_mean_one(maps))
+        margin = (maps.shape[2] - scores.shape[2]) // 2  # what the head's windows take
         h, w = scores.shape[2:]
         return scores, foreground[:, :, margin : margin + h, margin : margin + w]
 
     def forward(self, images):
-        return self.scores(self.frozen(images))[0]
+        return self.scores(self.tuned(self.frozen(images)))[0]
 
     def aggregate(self, scores):
         """score map (B, K, h, w) -> image scores (B, K)."""
@@ -334,8 +333,9 @@ class Net(nn.Module):
         left, right, w, _ = centring(images.shape[3], rows)
         x = F.pad(self.normalise(images), (left, right, top, bottom))
         maps = self.run(x, rows[:depth], self.trunk)
-        scores, foreground = self.head_scores(maps, rows[depth:])
-        scores, foreground = scores[:, :, :h, :w].float(), foreground[:, :, :h, :w].float()
+        scores, foreground = self.scores(maps, rows[depth:])
+        scores = scores[:, :, :h, :w].float()
+        foreground = foreground[:, :, :h, :w].float()
         return scores, foreground, geometry(rows)[0], offset
 
 
@@ -394,7 +394,8 @@ def read_state(path, url):
 
 def load_trunk(net, path=""):
     """Fill the trunk from a file, or from its public address. Raises OSError that names it."""
-    name, source, params = net.trunk_name, net.spec.weights, list(net.trunk.parameters())
+    name, source = net.trunk_name, net.spec.weights
+    params = list(net.trunk.parameters())
     expected = f"expected {name}'s {len(params)} tensors, given by --weights FILE"
     if not path and source == "file":
         raise OSError(None, f"no weights; {expected} (README.md, Weights)", name)
@@ -573,7 +574,8 @@ def main():
         with FlopCounterMode(display=False) as counter:
             net.frozen(torch.zeros(1, 3, size, size, device=device))
         gflops, lines = counter.get_total_flops() / 1e9, layer_table(net.rows, size)
-        params, head = (sum(p.numel() for p in x.parameters()) for x in (net.trunk, net.head))
+        params = sum(p.numel() for p in net.trunk.parameters())
+        head = sum(p.numel() for p in net.head.parameters())
         print(f"{name}: stride {lines[-1]['step']}, receptive field {lines[-1]['field']}, trunk "
               f"{params:,} parameters and {gflops:.1f} GFLOPs at {size}x{size}, head {head:,}")  # fmt: skip
         if args.trunk:

@@ -159,7 +159,7 @@ def train(net, batches, optimizer, s, stage, settings):
         torch.manual_seed((s.seed * 1_000_003 + step) * WORLD + RANK)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
             features = images.float() if s.cache else net.frozen(images)
-            scores, foreground = scores_of(features)  # (B, K, h, w), (B, 1, h, w)
+            scores, foreground = scores_of(net.tuned(features))  # (B, K, h, w), (B, 1, h, w)
 
         # Loss: of the tags, Eq. 3, and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
@@ -322,7 +322,7 @@ def look(net, photos, i, device):
     features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
     with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
         maps = net.tuned(features)
-        scores, foreground = net.head_scores(maps, net.head_rows)
+        scores, foreground = net.scores(maps)
     return maps.float(), scores.float(), foreground.float()
 
 
@@ -333,6 +333,7 @@ def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
     says what foreground is: over a batch, the mean vectors of foregrounds shall be alike, those of
     backgrounds, too, and those of the one unlike those of the other. Which is which is told by the
     scores of background and the tagged classes."""
+    net.eval()
     some, vectors, objects = data.spread(len(photos), most), [], []
     for i in data.progress(some, "training images looked at"):
         maps, scores, _ = look(net, photos, i, device)
@@ -387,6 +388,7 @@ def alike(vectors, alpha=0.25):
 
 def own_labels(net, photos, s, device):
     """Self-training: (N, h, w) uint8 under the cells, made by net from each photo and its tags."""
+    net.eval()
 
     def scored():
         for i in data.progress(range(len(photos)), "training images labelled"):
