@@ -285,7 +285,9 @@ def read_batches(photos, keys, workers=0, pin=False):
 
 
 def note_broken(photos, found, known):
-    """Name each broken photo once: found {index: why}, known: those named, which grows."""
+    """Name each broken photo once: found {index: why}, known: those named, which grows.
+
+    Raises InputError where more than 1 % of 100 or more photographs are broken, or all of them."""
     for i in found.keys() - known.keys():
         known[i] = found[i]
         print(f"left out: {found[i]}", file=sys.stderr)
@@ -404,7 +406,9 @@ def tagged(paths, tags, classes):
 
 
 def read_tags(folder, path):
-    """A CSV of file,tag;tag;... -> {file in folder: set of names}, empty for background alone."""
+    """A CSV of file,tag;tag;... -> {file in folder: set of names}, empty for background alone.
+
+    Rows of one file are united. Raises InputError where a file is missing or outside the folder."""
     expected = f"lines such as  photo.jpg,cat;dog  of files inside {folder}"
     rows = read_rows(path, expected, columns=2)
     if rows and rows[0][0].lower() in ("file", "image", "filename"):
