@@ -481,36 +481,37 @@ def problem(preset, s, given):
                 return f"{flag(name)}: {preset} does not read it; did you mean  train.py {other}  ?"
     convs = sum(row.kind != "pool" for row in TRUNKS[s.trunk].rows)
     widths = len(s.head or TRUNKS[s.trunk].head)
-    wrong = {
-        f"--train-convs: {s.trunk} has {convs}": not -1 <= s.train_convs <= convs,
-        f"--save-every: expected a multiple of --log-every, {s.log_every}":
-            s.save_every % s.log_every,
-        f"--batch: it cannot be shared by {WORLD} processes": s.batch % WORLD,
-        "--r: expected more than 0": not s.r,
-        "--kernel: expected a number or more": not s.kernel,
-        "--masks: the toy's are 'drawn'": preset == "toy" and s.masks not in ("", "drawn"),
-        "--self-steps: needs photographs (not toy), a --cache, and no --masks":
-            s.self_steps and (preset == "toy" or not s.cache or s.masks),
-        "--masks: labels are not cropped or turned; add --no-jitter or --cache, not paper":
-            s.masks and (preset == "paper" or s.jitter and not s.cache),
-        "--cache: nothing is frozen, or images are cropped afresh; give --cache no":
-            s.cache and (s.train_convs < 0 or preset == "paper"),
-    }  # fmt: skip
-    in_vain = {
-        "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
-        "dropout": not widths, "r": s.aggregation != "lse", "trunk_lr": not s.train_convs,
-        "self_rounds": not s.self_steps,
-        "sure": not s.self_steps, "foreground": not s.self_steps, "set": preset != "voc",
-        "background": preset != "voc", "synsets": not s.imagenet and not s.background,
-        "limit": preset == "toy", "toy_images": preset != "toy", "toy_scenes": preset != "toy",
-    }  # fmt: skip
-    for text, bad in wrong.items():
-        if bad:
-            return text
+    toy, paper = preset == "toy", preset == "paper"
+    if not -1 <= s.train_convs <= convs:
+        return f"--train-convs: {s.trunk} has {convs}"
+    if s.save_every % s.log_every:
+        return f"--save-every: expected a multiple of --log-every, {s.log_every}"
+    if s.batch % WORLD:
+        return f"--batch: it cannot be shared by {WORLD} processes"
+    if not s.r:
+        return "--r: expected more than 0"
+    if not s.kernel:
+        return "--kernel: expected a number or more"
+    if toy and s.masks not in ("", "drawn"):
+        return "--masks: the toy's are 'drawn'"
+    if s.self_steps and (toy or not s.cache or s.masks):
+        return "--self-steps: needs photographs (not toy), a --cache, and no --masks"
+    if s.masks and (paper or s.jitter and not s.cache):
+        return "--masks: labels are not cropped or turned; add --no-jitter or --cache, not paper"
+    if s.cache and (paper or s.train_convs < 0):
+        return "--cache: nothing is frozen, or images are cropped afresh; give --cache no"
     try:
         model.dense_rows(TRUNKS[s.trunk].rows, s.dense)
     except ValueError as e:
         return f"--{e}"
+    in_vain = {
+        "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
+        "dropout": not widths, "r": s.aggregation != "lse", "trunk_lr": not s.train_convs,
+        "self_rounds": not s.self_steps, "sure": not s.self_steps, "foreground": not s.self_steps,
+        "set": preset != "voc", "background": preset != "voc",
+        "synsets": not s.imagenet and not s.background,
+        "limit": preset == "toy", "toy_images": preset != "toy", "toy_scenes": preset != "toy",
+    }  # fmt: skip
     for name in given:
         if in_vain.get(name):
             return f"{flag(name)}: does nothing with these settings; leave it out"
@@ -689,6 +690,25 @@ def cached(net, photos, s, device):
         return data.with_features(photos, compute, *options)
 
 
+def round_labels(net, photos, s, device, file, made):
+    """Labels (N, h, w) to learn in a round of self-training: file holds them, or will if not made.
+
+    Before they are made the foreground is learned."""
+    with first_process_first():
+        if RANK == 0 and not made:
+            learn_foreground(net, photos, s, device)
+            labels = own_labels(net, photos, s, device)
+            data.write_atomically(file, functools.partial(np.save, arr=labels))
+        with data.reading(file, "labels of this run's photographs; train again"):
+            labels = np.load(file)
+            if len(labels) != len(photos):
+                raise ValueError(f"{len(labels)} labels")
+    if WORLD > 1:  # what the first process has learned
+        for p in net.foreground.parameters():
+            dist.broadcast(p, 0)
+    return labels
+
+
 def readable(photos, indices):
     """Yield (photo, tags) of those that can be read, as inference sees them."""
     for i in indices:
@@ -731,12 +751,14 @@ def main():
         device = join_processes(device)
     if s.resume and not (out / "ckpt.pt").exists():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint; leave out --resume, or give its --out")
+
     photos, masks = load_photos(preset, s)
     net = prepare_net(s, photos.classes, device)
     if masks:
         photos.cells = mask_labels(net, photos, masks, s)
     settings = plain_settings(s, photos)
     saved = read_resumed(out / "ckpt.pt", settings, net) if s.resume else {"step": 0}
+
     if RANK == 0:
         lock = claim(out)
         describe(preset, s, given, net, photos)
@@ -756,19 +778,8 @@ def main():
         if stage.first >= stage.end:
             continue  # before this --resume
         if turn:
-            file = out / f"self{turn}.npy"
-            with first_process_first():
-                if RANK == 0 and stage.first == begin:
-                    learn_foreground(net, photos, s, device)
-                    labels = own_labels(net, photos, s, device)
-                    data.write_atomically(file, functools.partial(np.save, arr=labels))
-                with data.reading(file, "labels of this run's photographs; train again"):
-                    photos.cells = np.load(file)
-                    if len(photos.cells) != len(photos):
-                        raise ValueError(f"{len(photos.cells)} labels")
-            if WORLD > 1:  # what the first process has learned
-                for p in net.foreground.parameters():
-                    dist.broadcast(p, 0)
+            made = stage.first > begin
+            photos.cells = round_labels(net, photos, s, device, out / f"self{turn}.npy", made)
         optimizer = make_optimizer(net, s, device)
         if stage.first > begin:
             optimizer.load_state_dict(saved["optimizer"])
