@@ -297,20 +297,19 @@ class Net(nn.Module):
         return self.run(features, self.tuned_rows, self.trunk[self.frozen_convs :])
 
     def scores(self, maps, rows=None):
-        """The trunk's maps (B, D, h, w) -> score map s (B, K, h', w'), Eq. 1, and the foreground
-        (B, 1, h', w') under its cells: how far the background's score is to be lowered, see
-        train.learn_foreground. rows: in place of the head's."""
+        """The trunk's maps (B, D, H, W) -> score map s (B, K, h, w), Eq. 1; rows: the head's."""
         dropout = self.dropout if self.training else 0.0
-        scores = self.run(
-            maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout
-        )
-        foreground = self.foreground(of_mean_one(maps))
+        return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
+
+    def foreground_under(self, scores, maps):
+        """(B, 1, h, w): how far labelling lowers the background's score in each cell of scores,
+        (B, K, h, w), which are made of the trunk's maps (B, D, H, W); see train.learn_foreground."""
         margin = (maps.shape[2] - scores.shape[2]) // 2  # what the head's windows take
         h, w = scores.shape[2:]
-        return scores, foreground[:, :, margin : margin + h, margin : margin + w]
+        return self.foreground(of_mean_one(maps))[:, :, margin : margin + h, margin : margin + w]
 
     def forward(self, images):
-        return self.scores(self.tuned(self.frozen(images)))[0]
+        return self.scores(self.tuned(self.frozen(images)))
 
     def aggregate(self, scores):
         """score map (B, K, h, w) -> image scores (B, K)."""
@@ -333,7 +332,8 @@ class Net(nn.Module):
         left, right, w, _ = centring(images.shape[3], rows)
         x = F.pad(self.normalise(images), (left, right, top, bottom))
         maps = self.run(x, rows[:depth], self.trunk)
-        scores, foreground = self.scores(maps, rows[depth:])
+        scores = self.scores(maps, rows[depth:])
+        foreground = self.foreground_under(scores, maps)
         scores = scores[:, :, :h, :w].float()
         foreground = foreground[:, :, :h, :w].float()
         return scores, foreground, geometry(rows)[0], offset

@@ -345,7 +345,7 @@ def test_frozen_means_frozen(train_convs, frozen):
     net = model.Net("tiny", ["background", "cat"], [8], train_convs=train_convs).train()
     features = net.frozen(torch.ones(1, 3, 96, 96))
     assert torch.equal(net.frozen(torch.ones(1, 3, 96, 96)), features)  # no dropout
-    net.scores(net.tuned(features))[0].sum().backward()
+    net.scores(net.tuned(features)).sum().backward()
     frozen_names = ["foreground", *(f"trunk.{i}" for i in range(frozen))]
     for name, p in net.named_parameters():
         layer = name.rpartition(".")[0]
@@ -893,7 +893,9 @@ def test_foreground_lies_under_the_cells_of_the_scores(factor):
     net.head[0].weight.data[1, :, 1, 1] = torch.rand(64)
     net.foreground.weight[0, :, 0, 0] = net.head[0].weight.data[1, :, 1, 1]
     image = torch.from_numpy(random_image(0, 75, 110)).permute(2, 0, 1)[None]
-    in_training = net.scores(net.tuned(net.frozen(image)))
+    maps = net.frozen(image)
+    scores = net.scores(maps)
+    in_training = scores, net.foreground_under(scores, maps)
     dense = net.dense(image, factor)[:2]
     for scores, foreground in (in_training, dense):
         ratio = foreground[:, 0] / scores[:, 1]

@@ -159,14 +159,14 @@ def train(net, batches, optimizer, s, stage, settings):
         torch.manual_seed((s.seed * 1_000_003 + step) * WORLD + RANK)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
             features = images.float() if s.cache else net.frozen(images)
-            scores, foreground = scores_of(net.tuned(features))  # (B, K, h, w), (B, 1, h, w)
+            scores = scores_of(net.tuned(features))  # (B, K, h, w), Eq. 1
 
         # Loss: of the tags, Eq. 3, and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
         loss = tag_loss(image_scores, tags, s.loss).sum() / total(tags.any(1))
         if labels is not None:
             labelled = (labels != VOID).any(2).any(1)  # (B,)
-            image_losses = pixel_loss(model.pixel_scores(scores, foreground).float(), labels)
+            image_losses = pixel_loss(scores.float(), labels)
             loss = loss + image_losses.sum() / total(labelled)
 
         # Backward and step.
@@ -322,7 +322,8 @@ def look(net, photos, i, device):
     features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
     with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
         maps = net.tuned(features)
-        scores, foreground = net.scores(maps)
+        scores = net.scores(maps)
+        foreground = net.foreground_under(scores, maps)
     return maps.float(), scores.float(), foreground.float()
 
 
