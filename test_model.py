@@ -1314,7 +1314,7 @@ def test_a_module_of_torch_hub_trains_and_labels(hub):
 
 
 def test_a_modules_cells_lie_on_the_right_pixels(hub):
-    net = model.Net("dinov2_vits14", ["background", "bright"], kernel=(1,), head=(1,))
+    net = model.Net("dinov2_vits14", ["background", "bright"], kernel=(1,), head=(1,)).eval()
     for layer in [net.trunk[0].patch, *net.head]:  # every layer adds up what it sees
         layer.weight.data.fill_(0.01)
         layer.bias.data.zero_()
