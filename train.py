@@ -115,12 +115,12 @@ class Settings:
 
 # fmt: off
 PHOTOGRAPHS = {"head": (256,), "kernel": (3, 1), "optimizer": "adam", "schedule": "cosine",
-               "weight_decay": 1e-4, "amp": True}
+               "weight_decay": 1e-4, "dropout": 0.1, "amp": True}
 PRESETS = {
     "toy": {"trunk": "tiny", "train_convs": -1, "optimizer": "adam", "lr": 2e-3,
             "schedule": "cosine", "weight_decay": 1e-4, "batch": 8, "steps": 2200, "dropout": 0.0,
             "jitter": False, "log_every": 100, "threshold_images": 60},
-    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 400,
+    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 600,
             "self_rounds": 2},
     "paper": {"trunk": "overfeat", "steps": 1_000_000, "workers": 8, "save_every": 1000},
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300, "self_rounds": 2},
