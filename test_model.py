@@ -443,10 +443,15 @@ def slow_superpixels(image, scale, sigma, min_size):
                     home[pixel] = a
                 segments[a] |= segments.pop(b)
                 inner[a] = cost
-    names = {}  # in the order of their first pixels
-    for label in home:
+    return in_raster_order(np.reshape(home, (H, W)))
+
+
+def in_raster_order(labels):
+    """The same segments, numbered by their first pixels."""
+    names = {}
+    for label in labels.ravel().tolist():
         names.setdefault(label, len(names))
-    return np.reshape([names[label] for label in home], (H, W))
+    return np.vectorize(names.get)(labels)
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -461,6 +466,16 @@ def test_superpixels_are_felzenszwalbs(seed):
     scale, sigma, least = rng.choice([1, 30, 100, 400]), rng.choice([0, 0.5, 1]), rng.choice([1, 9])
     slow = slow_superpixels(image, scale, sigma, least)
     assert np.array_equal(infer.superpixels(image, scale, sigma, least), slow)
+
+
+def test_superpixels_are_scikit_images():
+    segmentation = pytest.importorskip("skimage.segmentation", reason="scikit-image is missing")
+    image = random_image(0, 12, 16).repeat(8, 0).repeat(8, 1) // 2 + random_image(1, 96, 128) // 8
+    for scale, sigma, least in ((100, 0.5, 12), (50, 0.8, 5), (400, 0.5, 50)):
+        theirs = segmentation.felzenszwalb(image, scale, sigma, least)
+        ours = infer.superpixels(image, scale, sigma, least)
+        assert ours.max() > 20
+        assert np.array_equal(ours, in_raster_order(theirs))
 
 
 @pytest.fixture
