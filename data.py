@@ -215,66 +215,69 @@ def shrink(image, longest=1000):
 
 @dataclasses.dataclass
 class Photos:
-    """Tagged photographs: all that weak training may see. Indexing by (i, place) reads image i.
+    """Tagged photographs: all that weak training may see. Indexing by (i, draw) reads image i.
 
-    Cached features, if any, come in the place of pixels. A mirrored map is nearly the mirror's."""
+    draw: random, 0..1: where to crop, or from 0.5 on to mirror. Cached features, if any, come in
+    the place of pixels; mirrored, they are nearly those of the mirrored photograph."""
 
     paths: list  # files, or arrays (H, W, 3) uint8 already in memory
     tags: torch.Tensor  # (N, K) float32 of 0/1
     classes: list  # K names
     size: int = 0  # pixels along each side of what indexing gives
     crop: bool = False  # squares cropped (the paper) instead of whole photographs squashed
-    cells: np.ndarray | None = None  # (N, h, w) uint8: labels under the score map's cells, if any
+    labels: np.ndarray | None = None  # (N, h, w) uint8: under the score map's cells, if any
     features: np.ndarray | None = None  # (rows, D, h, w) float16: cached, if any
     rows: list = ()  # the row of each photo's features
-    mirror: bool = False  # mirror features where place >= 0.5
+    mirror: bool = False  # mirror features where draw >= 0.5
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, key):
-        """(i, place in 0..1) -> i, image (3, size, size) uint8 or features, cells (h, w) or None.
+        """(i, draw) -> i, image (3, size, size) uint8 or features, labels (h, w) or None.
 
         A broken photograph gives what is wrong with it, a string, in the place of its pixels."""
-        i, place = key
-        cells = None if self.cells is None else torch.from_numpy(self.cells[i])
+        i, draw = key
+        labels = None if self.labels is None else torch.from_numpy(self.labels[i])
         if self.features is not None:
             x = torch.from_numpy(self.features[self.rows[i]].copy())
-            if self.mirror and place >= 0.5:
+            if self.mirror and draw >= 0.5:
                 x = x.flip(-1)
-                cells = None if cells is None else cells.flip(-1)
-            return i, x, cells
+                labels = None if labels is None else labels.flip(-1)
+            return i, x, labels
         try:
             image = Image.fromarray(load_image(self.paths[i], near=self.size))
         except (InputError, OSError) as e:
             return i, one_line(e), None
         square = (self.size, self.size)
         if self.crop:
-            image = ImageOps.fit(image, square, Image.BILINEAR, 0, (place, place))
+            image = ImageOps.fit(image, square, Image.BILINEAR, 0, (draw, draw))
         else:
             image = image.resize(square, Image.BILINEAR)
-        return i, torch.from_numpy(np.array(image)).permute(2, 0, 1), cells
+        return i, torch.from_numpy(np.array(image)).permute(2, 0, 1), labels
 
     def take(self, keep):
         """The photographs at these indices, in this order."""
         paths = [self.paths[i] for i in keep]
-        cells = None if self.cells is None else self.cells[keep]
-        return dataclasses.replace(self, paths=paths, tags=self.tags[keep], cells=cells)
+        labels = None if self.labels is None else self.labels[keep]
+        rows = [self.rows[i] for i in keep] if self.rows else ()
+        chosen = {"paths": paths, "tags": self.tags[keep], "labels": labels, "rows": rows}
+        return dataclasses.replace(self, **chosen)
 
 
 def collate(items):
-    """What indexing gives, as a batch: indices, pixels, cells or None, {index: what is wrong}."""
+    """What indexing gives, as a batch: indices, pixels, labels or None, {index: what is wrong}."""
     broken = {i: pixels for i, pixels, _ in items if isinstance(pixels, str)}
     whole = [item for item in items if item[0] not in broken]
     if not whole:
         return [], None, None, broken
-    indices, pixels, cells = zip(*whole)
-    labels = None if cells[0] is None else torch.stack(cells)
+    indices, pixels, labels = zip(*whole)
+    labels = None if labels[0] is None else torch.stack(labels)
     return list(indices), torch.stack(pixels), labels, broken
 
 
 def read_batches(photos, keys, workers=0, pin=False):
-    """Yield a batch (see collate) for each list of (i, place) in keys. Raises InputError."""
+    """Yield a batch (see collate) for each list of (i, draw) in keys. Raises InputError."""
     options = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin}
     loader = torch.utils.data.DataLoader(photos, batch_sampler=keys, **options)
     try:
@@ -312,7 +315,7 @@ def with_features(photos, compute, shape, network, folder, workers=0, mirror=Fal
     """The photos, less the broken ones, with their features; computed where the folder has none.
 
     compute: images (B, 3, size, size) uint8 -> (B, *shape), shape (D, h, w); network: a string that
-    says all it depends on. A cache is named after its content, so that a folder holds many."""
+    says all it depends on. A cache is named after all it was made from: a folder holds many."""
     content = [network, photos.size, shape, [identity(path) for path in photos.paths]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     file, note = Path(folder, f"{key}.npy"), Path(folder, f"{key}.json")
@@ -420,7 +423,8 @@ def read_tags(folder, path):
         if not file.is_file() or not real.is_relative_to(Path(folder).resolve()):
             raise InputError(f"{path}: {file} is no file there; expected {expected}")
         names = {class_name(word, path) for word in cell.split(";")} - {"background"}
-        tags.setdefault(files.setdefault(real, file), set()).update(names)
+        first = files.setdefault(real, file)  # the same file may be spelt in several ways
+        tags.setdefault(first, set()).update(names)
     if len(tags) < len(rows):
         print(f"{path}: {len(rows) - len(tags)} rows name a file again; its tags are united")
     return tags
@@ -458,7 +462,8 @@ def voc_tags(voc, name):
                 raise ValueError("an id twice, or other ids than the classes before it")
             for i, flag in flags.items():
                 present, difficult = tags.setdefault(i, (set(), set()))
-                {"1": present, "0": difficult, "-1": set()}[flag].add(k)
+                absent = set()
+                {"1": present, "0": difficult, "-1": absent}[flag].add(k)  # KeyError: no flag
     return tags
 
 

@@ -200,7 +200,8 @@ def run_score(args):
         with data.reading(path, "labels as infer.py writes them"):
             if not args.void_allowed:
                 return confusion(truth, labels, K)
-            confusion(truth, np.where(labels == VOID, 0, labels), K)  # for what it refuses
+            # An index of K would count as void below, so it must be refused before.
+            confusion(truth, np.where(labels == VOID, 0, labels), K)
             return confusion(truth, np.where(labels == VOID, K, labels), K + 1)
 
     matrices = attempt(compare, data.voc_ids(args.voc, args.set))
@@ -235,10 +236,10 @@ def run_ladder(args):
     net, thresholds = infer.open_net(args.checkpoint, args, args.priors)
     if net.classes != data.VOC_CLASSES:
         print("indices of the masks are read as:", ", ".join(net.classes))
+    tags = data.voc_tags(args.voc, args.set)  # {id: (present, only difficult)}
     start = time.perf_counter()
     options = {**vars(args), "thresholds": thresholds}
     report, scores = ladder(net, samples, options, args.priors, args.workers)
-    tags = data.voc_tags(args.voc, args.set)  # {id: (present, only difficult)}
     if net.classes == data.VOC_CLASSES and scores.keys() <= tags.keys():
         values = report["average_precision"] = {}
         for k, label in enumerate(net.classes[1:], 1):

@@ -50,7 +50,7 @@ def predict(net, image):
     Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer."""
     H, W = image.shape[:2]
     device = net.mean.device
-    sides = net.sides or [math.sqrt(H * W)]
+    sides = net.sides or (math.sqrt(H * W),)
     scores, image_scores = 0, 0
     for side in sides:
         ratio = side / math.sqrt(H * W)
@@ -104,15 +104,19 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
     parent = list(range(H * W))  # a segment is named after its first pixel
     size = [1] * (H * W)
     limit = [k] * (H * W)  # Int(C) + k / |C|
-    for least in (0, min_size):
+    for growing in (True, False):
         for cost, a, b in edges:
             while a != parent[a]:
-                parent[a] = a = parent[parent[a]]
+                parent[a] = parent[parent[a]]
+                a = parent[a]
             while b != parent[b]:
-                parent[b] = b = parent[parent[b]]
-            small = size[a] < least or size[b] < least
-            alike = least == 0 and cost < limit[a] and cost < limit[b]
-            if a != b and (small or alike):
+                parent[b] = parent[parent[b]]
+                b = parent[b]
+            if growing:
+                joins = cost < limit[a] and cost < limit[b]
+            else:
+                joins = size[a] < min_size or size[b] < min_size
+            if a != b and joins:
                 if a > b:
                     a, b = b, a
                 parent[b] = a
@@ -138,10 +142,10 @@ def scaled(scores):
     return (scores - scores.min()) / max(np.ptp(scores), 1e-12)
 
 
-def hierarchy(regions, image, least=0.002):
+def hierarchy(image, regions, least=0.002):
     """Candidate segments, nothing trained: nodes of a merge tree over superpixels.
 
-    regions (H, W) int, all of 0..S-1; image (H, W, 3) uint8. Returns segments (N, S) bool, at least
+    image (H, W, 3) uint8; regions (H, W) int, all of 0..S-1. Returns segments (N, S) bool, at least
     the share `least` of the picture, and scores (N,) in 0..1: mean distances from the border
     (geodesic saliency, Wei et al., ECCV 2012). Neighbours are as far apart as their mean colours,
     others as the cheapest path between them; average linkage merges the closest."""
@@ -256,14 +260,6 @@ def relative(objectness):
     return o / (o + o.mean())
 
 
-@timed("saliency")
-def saliency(image):
-    """p(pixel in an object), (h, w), of a small picture (h, w, 3) uint8, from its hierarchy."""
-    regions = superpixels(image, 50, 0.5, 5)
-    segments, scores = hierarchy(regions, image)
-    return relative(segment_cover(segments, scores, regions))
-
-
 def resized(planes, shape, mode="bilinear"):
     """planes (K, h, w) at another resolution, shape (H, W)."""
     return F.interpolate(torch.from_numpy(planes)[None], shape, mode=mode)[0].numpy()
@@ -313,14 +309,13 @@ def smoothed(p, image, regions):
     return np.stack(means).astype(np.float32)[:, regions]
 
 
-def refine(p, image, regions):
-    """Our own prior, nothing trained: saliency, pixel-adaptive refinement, superpixel means.
+def refine(p, image, regions, background=0.2):
+    """Our own prior, nothing trained: `smoothed`, with the background's p at a share of itself.
 
-    p (K, H, W), image (H, W, 3) uint8, regions (H, W) -> (K, H, W)."""
-    small = saliency(small_picture(image, 128))
-    object_here = resized(small[None], image.shape[:2])[0]
-    weighed = p * np.sqrt(object_here).astype(p.dtype)
-    weighed[0] = p[0] * np.sqrt(1 - object_here).astype(p.dtype)
+    The ILP has lowered every object's p, the background's not, and what is smoothed away of an
+    object goes to the background. p (K, H, W), image (H, W, 3), regions (H, W) -> (K, H, W)."""
+    weighed = p.copy()
+    weighed[0] *= background
     return smoothed(weighed, image, regions)
 
 
@@ -349,7 +344,7 @@ class Scene:
 
     @functools.cached_property
     def segments(self):
-        return hierarchy(self.regions, self.image)
+        return hierarchy(self.image, self.regions)
 
     @functools.cached_property
     def bb(self):
@@ -383,17 +378,16 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them: `refine` of its tagged classes. A class seen in n images weighs its own IoU n
-    against `shrink` times the mean of all classes. Thresholds are multiples of 1 / steps."""
+    makes from them. A class seen in n images weighs its own IoU n against `shrink` times the mean
+    of all classes. Thresholds are multiples of 1 / steps."""
     K, names = len(net.classes), ("bb", "seg")
     hits = {name: np.zeros((steps, K)) for name in names}  # right pixels above each threshold
     drawn = {name: np.zeros((steps, K)) for name in names}  # all pixels above it
-    area, images = np.zeros(K), np.zeros(K)
+    area, images = np.zeros(K), np.zeros(K)  # pixels of each class, and images with it
     for image, tags in samples:
         scene, (p, q) = Scene(image), predict(net, image)
-        allowed = np.asarray(tags) > 0
-        allowed[0] = True
-        labels = refine(p * allowed[:, None, None], image, scene.regions).argmax(0)
+        tagged = np.union1d(np.flatnonzero(tags), 0)  # and background
+        labels = labels_from_tags(p[tagged], tagged, image, scene.regions, sure=0)
         counts = np.bincount(labels.ravel(), minlength=K)
         area, images = area + counts, images + (counts > 0)
         for name in names:
@@ -475,8 +469,8 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
 
 
 # ---------------------------------------------------------------- command line
-def overlapped(priors, predictions, workers=0):
-    """Yield priors(prediction) in order, from a thread or `workers` processes, only a few ahead."""
+def overlapped(work, predictions, workers=0):
+    """Yield work(prediction) in order, from a thread or `workers` processes, only a few ahead."""
     if workers:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))  # one core each
@@ -485,39 +479,44 @@ def overlapped(priors, predictions, workers=0):
     with pool:
         jobs = collections.deque()
         for prediction in predictions:
-            jobs.append(pool.submit(in_pool, priors, prediction))
+            jobs.append(pool.submit(in_pool, work, prediction))
             if len(jobs) > workers + 2:
                 yield collect(jobs.popleft())
         while jobs:
             yield collect(jobs.popleft())
 
 
-def in_pool(priors, prediction):
-    """(priors(prediction), SECONDS spent)."""
-    result = priors(prediction)
-    parts = [part for part in SECONDS if part != "network"]  # which another thread counts
+def in_pool(work, prediction):
+    """(work(prediction), SECONDS spent)."""
+    result = work(prediction)
+    parts = SECONDS.keys() - {"network"}  # which another thread counts
     return result, {part: SECONDS.pop(part) for part in parts}
 
 
 def collect(job):
     result, spent = job.result()
-    SECONDS.update(spent)
+    SECONDS.update(spent)  # a Counter: adds
     return result
 
 
 def numbers(text):
-    """A flag's 512,256 -> [512, 256]; raises ArgumentTypeError where one is no positive number."""
+    """A flag's 512,256 -> (512, 256); raises ArgumentTypeError where one is no positive number."""
     words = text.split(",") if text else []
     if not all(word.isdecimal() and 0 < int(word) < 100_000 for word in words):
         raise argparse.ArgumentTypeError(f"'{text}'; expected numbers such as 288,432")
-    return [int(word) for word in words]
+    return tuple(int(word) for word in words)
 
 
 def add_options(parser):
     """What infer.py and `eval_voc.py ladder` both take."""
     add = parser.add_argument_group("network and priors").add_argument
     add("--weights", default="", metavar="FILE", help="the trunk's [the checkpoint's, or fetched]")
-    add("--ilp-form", choices=["objects", "all"], default="objects", help="Eq. 7's [objects]")
+    add(
+        "--ilp-form",
+        choices=["objects", "all"],
+        default="objects",
+        help="what Eq. 7 multiplies: objects, or background too [objects]",
+    )
     add("--boxes", metavar="DIR", help="<image>.txt, lines x0 y0 x1 y1 score, for bb [our own]")
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own]")
     add("--dense", type=int, metavar="F", help="score grid F times finer [the checkpoint's]")
@@ -597,10 +596,10 @@ def write_labels(args, classes, thresholds, predicted):
         data.save_labels(f"{out}.png", labels, classes, comment)
         if not args.voc:
             picture = Image.fromarray(overlay(photo, labels))
-            data.write_atomically(f"{out}_overlay.png", lambda file: picture.save(file, "png"))
+            data.write_atomically(f"{out}_overlay.png", lambda f: picture.save(f, "png"))
         if args.soft:
             content = {"scores": p.astype(np.float16), "image_scores": q, "classes": classes}
-            data.write_atomically(f"{out}.npz", lambda file: np.savez_compressed(file, **content))
+            data.write_atomically(f"{out}.npz", lambda f: np.savez_compressed(f, **content))
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     return {classes[k]: counts[k] / labels.size for k in np.argsort(-counts[: len(classes)])}
 
@@ -628,8 +627,10 @@ def main():
         parser.error("--known-tags takes none of --prior, --no-ilp, --panel and --soft")
     if args.sure is not None and not (args.known_tags and 0 <= args.sure <= 1):
         parser.error("--sure goes with --known-tags; expected a share, 0 to 1")
-    if args.set and not args.voc or args.ilp_form == "all" and (args.known_tags or not args.ilp):
-        parser.error("--set goes with --voc, --ilp-form with the image-level prior")
+    if args.set and not args.voc:
+        parser.error("--set goes with --voc")
+    if args.ilp_form == "all" and (args.known_tags or not args.ilp):
+        parser.error("--ilp-form goes with the image-level prior")
     args.set, args.prior = args.set or "val", args.prior or "refine"
     args.sure = 0.6 if args.sure is None else args.sure
     net, thresholds = open_net(args.checkpoint, args, [args.prior])
@@ -647,8 +648,8 @@ def main():
                 continue
             yield file, photo, *predict(net, data.shrink(photo)), tags.get(file)
 
-    priors = functools.partial(write_labels, args, net.classes, thresholds)
-    for shares in overlapped(priors, predictions(), args.workers):
+    work = functools.partial(write_labels, args, net.classes, thresholds)
+    for shares in overlapped(work, predictions(), args.workers):
         if len(files) == 1:
             words = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
             print(f"{files[0]}: {', '.join(words)}")

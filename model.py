@@ -8,6 +8,8 @@
     scores = net(images)                   # images (B, 3, H, W) in 0..255 -> score map (B, K, h, w)
     image_scores = net.aggregate(scores)   # (B, K), Eq. 6; softmax of it is Eq. 2
 
+Training leaves the head unpadded, as the paper does; `dense` pads, so that every pixel has its cell.
+
 Letters in shape comments: B batch, K classes, H W pixels, h w cells, D channels.
 """
 
@@ -64,7 +66,7 @@ pool = functools.partial(Row, "pool", 0)  # (kernel, stride)
 IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 
 TRUNKS = {
-    # Section 3: OverFeat's "accurate" net up to its sixth convolution, before the third pool.
+    # Section 3: OverFeat's larger net, "accurate" or "slow", up to its sixth convolution, before the third pool.
     "overfeat": Trunk([
         conv(96, 7, stride=2), pool(3, 3),
         conv(256, 7), pool(2, 2),
@@ -187,14 +189,19 @@ AGGREGATIONS = {  # name: f(scores (B, K, h, w), r) -> (B, K)
 }
 
 
-def tag_loss(image_scores, tags, form="softmax"):
-    """Eq. 2 and 3: minus the log-likelihood of each image's tags.
+def tag_loss(image_scores, tags):
+    """Eq. 2 and 3: minus the log-likelihood of each image's tags, which share the target equally.
 
-    image_scores (B, K); tags (B, K) of 0/1 -> (B,). "softmax": the paper's; several tags share the
-    target equally. "sigmoid": every class on its own."""
-    if form == "sigmoid":
-        return F.binary_cross_entropy_with_logits(image_scores, tags, reduction="none").mean(1)
+    image_scores (B, K); tags (B, K) of 0/1 -> (B,)."""
     return F.cross_entropy(image_scores, tags / tags.sum(1, keepdim=True), reduction="none")
+
+
+def sigmoid_loss(image_scores, tags):
+    """The same, with every class on its own: means over the classes."""
+    return F.binary_cross_entropy_with_logits(image_scores, tags, reduction="none").mean(1)
+
+
+LOSSES = {"softmax": tag_loss, "sigmoid": sigmoid_loss}  # name: f(image_scores, tags) -> (B,)
 
 
 def pixel_loss(scores, labels):
@@ -236,15 +243,16 @@ class Net(nn.Module):
 
         convs, channels = nn.ModuleList(), 3  # a module counts as one
         for row in self.rows:
+            if row.kind == "pool":
+                continue
             if row.kind == "module":
-                convs.append(hub_module(*self.spec.hub[:2]))
-                channels = row.out
-            elif row.kind == "conv":
+                layer = hub_module(*self.spec.hub[:2])
+            else:
                 layer = nn.utils.skip_init(nn.Conv2d, channels, row.out, row.kernel)
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
                 nn.init.zeros_(layer.bias)
-                convs.append(layer)
-                channels = row.out
+            convs.append(layer)
+            channels = row.out
         convs[-1].weight.data *= 0.1  # near-uniform class probabilities at the start
         self.trunk, self.head = convs[: -len(widths)], convs[-len(widths) :]
         self.foreground = nn.utils.skip_init(nn.Conv2d, self.head[0].in_channels, 1, 1)
@@ -301,12 +309,14 @@ class Net(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
 
-    def foreground_under(self, scores, maps):
-        """(B, 1, h, w): how far labelling lowers the background's score in each cell of scores,
-        (B, K, h, w), which are made of the trunk's maps (B, D, H, W); see train.learn_foreground."""
-        margin = (maps.shape[2] - scores.shape[2]) // 2  # what the head's windows take
-        h, w = scores.shape[2:]
-        return self.foreground(of_mean_one(maps))[:, :, margin : margin + h, margin : margin + w]
+    def foreground_map(self, maps, h, w):
+        """(B, 1, h, w): how far labelling lowers the background's score in each cell of the score
+        map that is made of the trunk's maps (B, D, H, W); see train.learn_foreground."""
+        top, left = (
+            (maps.shape[2] - h) // 2,
+            (maps.shape[3] - w) // 2,
+        )  # what the head's windows take
+        return self.foreground(of_mean_one(maps))[:, :, top : top + h, left : left + w]
 
     def forward(self, images):
         return self.scores(self.tuned(self.frozen(images)))
@@ -315,8 +325,8 @@ class Net(nn.Module):
         """score map (B, K, h, w) -> image scores (B, K)."""
         return self.aggregation(scores.float(), self.r)
 
-    def cells(self, size):
-        """Where the score map's cells lie along a side of `size` pixels, (h,) float, pixels."""
+    def cell_places(self, size):
+        """Where an unpadded score map's cells lie along a side of `size` pixels: (h,), pixels."""
         stride, _, centre = geometry(self.rows)
         return centre + stride * torch.arange(out_size(size, self.rows))
 
@@ -333,7 +343,7 @@ class Net(nn.Module):
         x = F.pad(self.normalise(images), (left, right, top, bottom))
         maps = self.run(x, rows[:depth], self.trunk)
         scores = self.scores(maps, rows[depth:])
-        foreground = self.foreground_under(scores, maps)
+        foreground = self.foreground_map(maps, *scores.shape[2:])
         scores = scores[:, :, :h, :w].float()
         foreground = foreground[:, :, :h, :w].float()
         return scores, foreground, geometry(rows)[0], offset
@@ -442,9 +452,14 @@ CONTENTS = {
 }
 
 
+def public_names(net):
+    """What the names of the weights that a checkpoint leaves out begin with: a frozen trunk's."""
+    return tuple(f"trunk.{i}." for i in range(net.frozen_convs if net.spec.weights else 0))
+
+
 def checkpoint(net, settings, step, optimizer):
     """What train.py saves, a dict of CONTENTS: plain values, so that weights_only=True reads it."""
-    left_out = tuple(f"trunk.{i}." for i in range(net.frozen_convs if net.spec.weights else 0))
+    left_out = public_names(net)
     return {
         "format": FORMAT,
         "step": step,
@@ -469,7 +484,7 @@ def read_checkpoint(path):
 
 
 def build_net(settings, classes, generator=None):
-    """The Net of a run's settings, a dict. Raises ValueError, and others where they make none."""
+    """The Net of a run's settings, a dict. Raises ValueError; KeyError, TypeError if damaged."""
     names = "trunk head kernel train_convs aggregation r dropout dense sides amp"
     chosen = {name: settings[name] for name in names.split()}
     return Net(classes=classes, generator=generator, **chosen)
@@ -478,7 +493,7 @@ def build_net(settings, classes, generator=None):
 def load_weights(net, ckpt):
     """Fill net, its public trunk apart, from a checkpoint. Raises ValueError, RuntimeError."""
     missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
-    odd = unexpected + [name for name in missing if not name.startswith("trunk.")]
+    odd = unexpected + [name for name in missing if not name.startswith(public_names(net))]
     if odd or not all(x.isfinite().all() for x in ckpt["model"].values()):
         raise ValueError(f"damaged tensors {' '.join(odd)}")
     if fingerprint(net) != ckpt["trunk"]:
@@ -492,10 +507,10 @@ def load_net(path, weights="", device="cpu", dense=None, sides=None):
     Raises what the functions above raise."""
     ckpt = read_checkpoint(path)
     net = build_net(ckpt["settings"], ckpt["classes"])
-    if net.spec.weights:
+    if net.spec.weights and net.frozen_convs:
         load_trunk(net, weights or ckpt["settings"]["weights"])
     elif weights:
-        raise ValueError(f"its trunk, {net.trunk_name}, takes no --weights")
+        raise ValueError(f"it holds the whole trunk, {net.trunk_name}; leave out --weights")
     load_weights(net, ckpt)
     net.dense_factor = net.dense_factor if dense is None else dense
     dense_rows(net.rows, net.dense_factor)  # raises ValueError where it does not divide the stride
@@ -519,7 +534,8 @@ def has_bfloat16(device):
     """Whether a torch.device computes in bfloat16 itself; emulated it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 or newer
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # older than torch 2.11: {}
+    able = ask()
     has = able.get("avx512_bf16") or able.get("amx_bf16")
     return device.type == "cpu" and bool(has)  # MPS: nobody has tried
 

@@ -314,7 +314,7 @@ def test_tag_loss_is_each_images_likelihood_of_its_tags():
     tags = torch.eye(5)[[0, 2, 4, 1]]
     tags[1, 3] = 1  # the second image has two
     softmax = model.tag_loss(scores, tags)
-    sigmoid = model.tag_loss(scores, tags, "sigmoid")
+    sigmoid = model.sigmoid_loss(scores, tags)
     for b, present in enumerate([[0], [2, 3], [4], [1]]):
         total = sum(math.exp(s) for s in scores[b])
         chances = [math.exp(scores[b, k]) / total for k in present]
@@ -535,7 +535,7 @@ def test_files_of_proposals_are_read(proposals):
     assert scores.tolist() == [0.5, 0, 1]
 
 
-def slow_hierarchy(regions, image, least):
+def slow_hierarchy(image, regions, least):
     """{frozenset of regions: mean distance from the border}, by relaxation and comparing all pairs."""
     S = regions.max() + 1
     colours = [image[regions == s].mean(0) / 255 for s in range(S)]
@@ -570,8 +570,8 @@ def slow_hierarchy(regions, image, least):
 def test_hierarchy_equals_its_loops(seed):
     image = random_image(seed, 20, 26)
     regions = infer.superpixels(image, 20, 0.5, 6)
-    want = slow_hierarchy(regions, image, 0.02)
-    segments, scores = infer.hierarchy(regions, image, 0.02)
+    want = slow_hierarchy(image, regions, 0.02)
+    segments, scores = infer.hierarchy(image, regions, 0.02)
     assert len(segments) == len(want) > 5
     low, high = min(want.values()), max(want.values())
     for segment, s in zip(segments, scores):
@@ -630,22 +630,31 @@ def test_pixel_adaptive_refinement_equals_its_loops():
     assert np.allclose(infer.pixel_adaptive(planes, image, (1, 3), 2), want, atol=1e-5)
 
 
-def test_our_own_priors_find_a_bright_object():
+def bright_object():
     image = np.full((80, 100, 3), 40, np.uint8)
     image[24:56, 32:72] = 220
-    scene = infer.Scene(image)
-    for objectness in (scene.bb, scene.seg, infer.saliency(image)):
+    return infer.Scene(image)
+
+
+def test_our_own_proposals_find_a_bright_object():
+    scene = bright_object()
+    for objectness in (scene.bb, scene.seg):
         assert objectness[4, 4] < 0.4
         assert objectness[40, 52] > 0.6
-    nothing_known = np.full((2, 80, 100), 0.5, np.float32)
-    labels = infer.refine(nothing_known, image, scene.regions).argmax(0)
-    assert (labels == (image[..., 0] > 100)).mean() > 0.95
+
+
+def test_refine_ends_where_the_object_does():
+    scene = bright_object()
+    beside = np.full((80, 100), 0.1, np.float32)
+    beside[18:50, 40:80] = 0.9  # a score map's place is not exact
+    labels = infer.refine(np.stack([1 - beside, beside]), scene.image, scene.regions).argmax(0)
+    assert (labels == (scene.image[..., 0] > 100)).mean() > 0.99
 
 
 @pytest.mark.parametrize("prior", ["bb", "seg"])
 def test_fitted_thresholds_equal_a_search(prior, monkeypatch):
     """No multiple of 1/50 gives a class a better IoU with the labels that come from the tags."""
-    monkeypatch.setattr(infer, "refine", lambda p, image, regions: p)
+    monkeypatch.setattr(infer, "smoothed", lambda p, image, regions: p)
     tags, q = np.array([0, 1, 0, 1]), np.array([0.4, 0.9, 0.5, 0.7], np.float32)
     images = [random_image(i, 5, 6).repeat(8, 0).repeat(8, 1) for i in range(4)]
     planes = np.random.default_rng(0).dirichlet([4, 2, 1, 1], (4, 40, 48)).astype(np.float32)
@@ -702,7 +711,7 @@ def test_photographs_of_every_mode_are_read():
     "largest, full", [(1.0, 1), (255.0, 255), (4095, 4095), (65535, 65535), (256, 1023)]
 )
 def test_deep_photographs_keep_their_range(largest, full):
-    """Fault 14: 12 bits in 16, floats in 0..1; what goes beyond 255 is taken for 10 bits."""
+    """12 bits in 16, floats in 0..1; what goes beyond 255 is taken for 10 bits."""
     ramp = np.linspace(0, largest, 1200).reshape(40, 30)
     ramp = ramp.astype(np.float32 if isinstance(largest, float) else np.uint16)
     Image.fromarray(ramp).save("deep.tiff")
@@ -711,7 +720,7 @@ def test_deep_photographs_keep_their_range(largest, full):
 
 
 def test_folders_give_all_that_pillow_reads_and_count_the_rest(capsys):
-    """Fault 15: a telephone's and a camera's endings; what is no picture is counted."""
+    """A telephone's and a camera's endings; what is no picture is counted."""
     names = ["photo.JPG", "photo.gif", "photo.jfif", "photo.mpo", "photo.tif", "photo.webp"]
     for name in (*names, "notes.txt", "h.heic", ".hidden.jpg"):
         write(name, "not opened yet")
@@ -800,15 +809,15 @@ def places_of_cells(net, size):
 
 @pytest.mark.parametrize("trunk, size", SIZES)
 def test_cells_learn_the_labels_of_the_pixels_that_they_see(trunk, size):
-    """Fault 21: a map that holds at every pixel its own column (or row), at another resolution."""
+    """A map that holds at every pixel its own column (or row), at another resolution."""
     net = model.Net(trunk, ["background", "cat"], (2,))
     columns = np.tile(np.arange(250, dtype=np.uint8), (180, 1))  # (180, 250)
     rows = np.tile(np.arange(180, dtype=np.uint8)[:, None], (1, 250))
     places = places_of_cells(net, size)
     want_x = (places + 0.5) * 250 / size - 0.5
     want_y = (places + 0.5) * 180 / size - 0.5
-    got_x = train.at_cells(columns, net.cells(size), size)
-    got_y = train.at_cells(rows, net.cells(size), size)
+    got_x = train.at_cells(columns, net.cell_places(size), size)
+    got_y = train.at_cells(rows, net.cell_places(size), size)
     assert got_x.shape == got_y.shape == (len(places), len(places))
     assert np.abs(got_x.astype(float) - want_x).max() <= 0.51
     assert np.abs(got_y.astype(float) - want_y[:, None]).max() <= 0.51
@@ -849,7 +858,7 @@ def test_foreground_lies_under_the_cells_of_the_scores(factor):
     image = torch.from_numpy(random_image(0, 75, 110)).permute(2, 0, 1)[None]
     maps = net.frozen(image)
     scores = net.scores(maps)
-    in_training = scores, net.foreground_under(scores, maps)
+    in_training = scores, net.foreground_map(maps, *scores.shape[2:])
     dense = net.dense(image, factor)[:2]
     for scores, foreground in (in_training, dense):
         ratio = foreground[:, 0] / scores[:, 1]
@@ -904,7 +913,7 @@ def test_cached_features_are_the_trunks():
     net = model.Net("tiny", ["background", "cat", "dog"])
     photos = data.folder_photos("photos", "tags.csv")
     photos.size = 32
-    photos.cells = np.arange(4, dtype=np.uint8)[:, None, None]
+    photos.labels = np.arange(4, dtype=np.uint8)[:, None, None]
     write("photos/1.png", "broken")
     with_features = cached(net, photos)
     for place, i in enumerate((0, 2, 3)):
@@ -917,7 +926,7 @@ def test_cached_features_are_the_trunks():
 
 
 def test_cache_knows_photographs_by_their_content():
-    """Fault 4: the same names in another project, and a photograph that has been replaced."""
+    """The same names in another project, and a photograph that has been replaced."""
     net = model.Net("tiny", ["background", "cat"])
     features = []
     for folder, seed in (("one", 0), ("two", 1), ("one", 2)):
@@ -940,7 +949,7 @@ def test_cache_knows_photographs_by_their_content():
     [(FOLDER, "o/cache/", 9_000), (f"{TOY} --steps 2 --out o", "o/ckpt.pt", 50_000)],
 )
 def test_a_full_disk_leaves_nothing_half_written(command, file, room, monkeypatch):
-    """Fault 6, for the cache and the checkpoint: the system refuses to let a file grow. What a
+    """Neither of the cache nor of the checkpoint: the system refuses to let a file grow. What a
     cache needs is compared with what is free before the work."""
     resource = pytest.importorskip("resource", reason="no resource limits on this system")
     make_folder()
@@ -958,7 +967,7 @@ def test_a_full_disk_leaves_nothing_half_written(command, file, room, monkeypatc
 
 
 def test_loader_processes_that_die_end_in_one_line(monkeypatch):
-    """Fault 7, for the loop and the cache. Fault 24: features, once cached, need none."""
+    """The loop's and the cache's. Features, once cached, need none."""
     collate = data.collate
 
     def dies(items):
@@ -989,7 +998,7 @@ def test_one_meaning_is_one_class(rows, tags):
 
 
 def test_photographs_without_background_are_warned_of():
-    """Fault 13, and what a run says of its photographs before it starts."""
+    """What a run says of its photographs before it starts."""
     make_folder()
     out = ok(FOLDER)
     assert "4 images, 3 with objects, 1 of background alone" in out
@@ -1035,7 +1044,7 @@ def make_masks():
 
 
 def test_masks_are_counted_whatever_their_ending():
-    """Fault 18: .PNG is a mask; a photograph of background alone needs none; others are left out."""
+    """.PNG is a mask; a photograph of background alone needs none; others are left out."""
     make_masks()
     Path("masks/1.png").rename("masks/1.PNG")
     Path("masks/2.png").unlink()
@@ -1070,7 +1079,7 @@ def test_weak_training_and_inference_open_no_mask():
 # ---------------------------------------------------------------- runs and their folders
 @pytest.mark.parametrize("out", ["o", ".", "photos"])  # where photographs stay as they are
 def test_a_new_run_moves_the_earlier_one_aside(out):
-    """Faults 1 and 3: nothing is lost, and labels of its own making are not learned again."""
+    """Nothing is lost, and labels of its own making are not learned again."""
     again = f"{FOLDER} --self-steps 2 --self-rounds 1 --out {out}"
     make_folder()
     ok(again)
@@ -1086,7 +1095,7 @@ def test_a_new_run_moves_the_earlier_one_aside(out):
 
 
 def test_two_live_runs_never_share_a_folder():
-    """Fault 2, and its sibling: resuming a run that is still alive."""
+    """Nor does one resume a run that is still alive."""
     ok(f"{TOY} --steps 2 --out o")
     lock = train.claim(Path("o"))
     for more in ("", "--resume"):
@@ -1097,7 +1106,7 @@ def test_two_live_runs_never_share_a_folder():
 
 @pytest.mark.parametrize("first, then", [(True, False), (False, True)])
 def test_a_run_goes_on_at_another_precision(first, then, monkeypatch):
-    """Fault 5: a checkpoint of a machine with bfloat16 on one without, and back; the cache follows."""
+    """A checkpoint of a machine with bfloat16 on one without, and back; the cache follows."""
     make_folder()
     able = {"amx_bf16": first}
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able, raising=False)
@@ -1126,7 +1135,7 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
 
 
 def test_a_head_is_refused_on_other_trunk_weights():
-    """Fault 8; half-precision copies of the same weights are the same trunk."""
+    """Half-precision copies of the same weights are the same trunk."""
     make_voc()
     state = save_vgg("vgg.pth")
     torch.save({name: tensor.half() for name, tensor in state.items()}, "half.pth")
@@ -1182,7 +1191,7 @@ def torchrun(command):
 
 @pytest.mark.parametrize("kind", ["tags", "labels"])
 def test_two_processes_train_as_one(kind):
-    """Fault 25: the same losses, where masks have more void in one image than in another; those two
+    """The same losses, where masks have more void in one image than in another; those two
     are stopped at step 8 and resumed."""
     try:
         socket.create_server(("127.0.0.1", 0)).close()
@@ -1379,7 +1388,7 @@ def malformed_files():
     yield LABEL.replace("photo", "x"), "x.png", [b"", picture[:-99], bomb]
     yield VOC, "VOC/JPEGImages/b.jpg", [picture[:60]]
 
-    # Faults 16, 17 and 19: 255 for objects, none, another size, other colours; class 12 is right.
+    # 255 for objects, none, another size, other colours; class 12 is right.
     plain = np.full((24, 30), 12, np.uint8)
     void, empty, other, above = png(plain + 243), png(plain * 0), png(plain - 1), png(plain + 65)
     turned, deep = png(plain.T), png(plain.astype(np.uint16))
@@ -1392,7 +1401,7 @@ def malformed_files():
     yield LADDER, "VOC/SegmentationClass/b.png", [above, turned]
     yield SUBMIT, "masks/b.png", [above, turned, empty]
 
-    # Faults 11 and 12: several names in one, other spellings.
+    # Several names in one, other spellings.
     yield CSV, "t.csv", [b"", b"b.jpg,cat,dog", b"no.jpg,cat", b"../../x.jpg,cat", b"\xff"]
     yield CSV, "t.csv", [b'b.jpg,"dog,cat"', b"b.jpg,[dog]", b"b.jpg,dog|cat", b"b.jpg,Dog;dog"]
     yield f"{VOC} --set bad", "VOC/ImageSets/Main/bad.txt", [b"", b"..", b"a\na", b"a\0b"]

@@ -1,6 +1,6 @@
 """Train from image tags alone: the hand-written loop of section 4.1.
 
-    python train.py                                       # = train.py toy: no data, a minute
+    python train.py                                       # = train.py toy: no data, minutes
     python train.py voc --voc VOC2012 --weights vgg16.pth --background DIR
     python train.py paper --imagenet DIR --weights net_weight_1
     python train.py folder --images DIR --tags tags.csv   # own classes: file,tag;tag;...
@@ -37,7 +37,7 @@ import eval_voc
 import infer
 import model
 from data import VOID, InputError
-from model import AGGREGATIONS, TRUNKS, pixel_loss, tag_loss
+from model import AGGREGATIONS, LOSSES, TRUNKS, pixel_loss
 
 try:
     import fcntl
@@ -97,7 +97,7 @@ class Settings:
     self_steps: int = 0  # N: then steps on labels that the net gives the training images
     self_rounds: int = 1  # M: how often those labels are made and learned
     sure: float = 0.6  # P: share of a pixel's best class below which it gets no such label
-    foreground: float = 1.5  # X: how much those labels trust the learned foreground
+    foreground: float = 1.5  # X: weight of the learned foreground, in those labels and at test
     jitter: bool = True  # flip, rotate, scale, brighten each image (cached features: flip)
 
     # run
@@ -126,7 +126,7 @@ PRESETS = {
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300, "self_rounds": 2},
 }
 NEEDS = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}
-CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": ["softmax", "sigmoid"],
+CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": list(LOSSES),
            "optimizer": ["sgd", "adam"], "schedule": ["steps", "cosine"]}
 RANGES = {"N": (0, 2**32), "M": (1, 2**32), "X": (0, math.inf), "P": (0, 1)}  # low <= x < high
 PATHS = ["voc", "imagenet", "images", "tags", "weights", "background", "synsets", "cache", "out"]
@@ -138,8 +138,8 @@ RUN_FILES = ["ckpt.pt", "head.pt", "log.csv", "settings.json", "scores.json", "c
 
 
 # ---------------------------------------------------------------- the loop
-def train(net, batches, optimizer, s, stage, settings):
-    """Optimiser steps of one stage; keeps log.csv and ckpt.pt, which holds the settings, in s.out.
+def train(net, batches, optimizer, s, stage, record):
+    """Optimiser steps of one stage; keeps log.csv and ckpt.pt in s.out. record: plain_settings.
 
     batches: of each step (images or cached features, tags (B, K), cell labels (B, h, w) or None).
     """
@@ -161,9 +161,10 @@ def train(net, batches, optimizer, s, stage, settings):
             features = images.float() if s.cache else net.frozen(images)
             scores = scores_of(net.tuned(features))  # (B, K, h, w), Eq. 1
 
-        # Loss: of the tags, Eq. 3, and of the images' labelled cells; means over all processes.
+        # Loss: of the tags and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
-        loss = tag_loss(image_scores, tags, s.loss).sum() / total(tags.any(1))
+        tag_losses = LOSSES[s.loss](image_scores, tags)  # (B,), Eq. 3
+        loss = tag_losses.sum() / total(tags.any(1))  # the images of all processes
         if labels is not None:
             labelled = (labels != VOID).any(2).any(1)  # (B,)
             image_losses = pixel_loss(scores.float(), labels)
@@ -194,7 +195,7 @@ def train(net, batches, optimizer, s, stage, settings):
 
         # Save, whole or not at all.
         if saves and RANK == 0:
-            ckpt = model.checkpoint(net, settings, done, optimizer)
+            ckpt = model.checkpoint(net, record, done, optimizer)
             data.write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
 
 
@@ -243,17 +244,17 @@ def make_optimizer(net, s, device):
 # ---------------------------------------------------------------- batches, of (seed, step) alone
 @functools.lru_cache(2)
 def shuffled(n, seed, epoch):
-    """One pass over n images: their order and, for each, a place in 0..1 (of crop or mirror)."""
+    """One pass over n images: their order and a draw in 0..1 for each (see data.Photos)."""
     rng = np.random.default_rng([seed, 2, epoch])
     return rng.permutation(n), rng.random(n)
 
 
 def batch_keys(s, n, step):
-    """A step's whole batch as (index, place): the same after resuming, with any processes."""
+    """A step's whole batch as (index, draw): the same after resuming, with any processes."""
     keys = []
     for i in range(step * s.batch, (step + 1) * s.batch):
-        order, places = shuffled(n, s.seed, i // n)
-        keys.append((int(order[i % n]), float(places[i % n])))
+        order, draws = shuffled(n, s.seed, i // n)
+        keys.append((int(order[i % n]), float(draws[i % n])))
     return keys
 
 
@@ -270,7 +271,7 @@ def make_batches(photos, s, device, stage):
         data.note_broken(photos, found, broken)
         if images is None:  # all of them broken: the other processes count on this one
             images = torch.zeros(0, 3, s.size, s.size)
-            labels = None if photos.cells is None else torch.from_numpy(photos.cells[:0])
+            labels = None if photos.labels is None else torch.from_numpy(photos.labels[:0])
         images = images.to(device, non_blocking=True)
         if s.jitter and not s.cache:
             generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
@@ -284,17 +285,17 @@ def make_batches(photos, s, device, stage):
 
 
 # ---------------------------------------------------------------- labels for the score map's cells
-def at_cells(labels, cells, size):
-    """Labels (H, W) of a photograph -> (h, w): under its score map's cells, of Net.cells(size)."""
-    places = (cells + 0.5) / size  # 0..1 along either side
-    rows = (places * labels.shape[0]).long().numpy()
-    columns = (places * labels.shape[1]).long().numpy()
+def at_cells(labels, places, size):
+    """Labels (H, W) of a photograph -> (h, w): at its score map's places, Net.cell_places(size)."""
+    shares = (places + 0.5) / size  # 0..1 along either side
+    rows = (shares * labels.shape[0]).long().numpy()
+    columns = (shares * labels.shape[1]).long().numpy()
     return labels[rows][:, columns]
 
 
 def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path or array each, None: all background."""
-    cells, strange = [], 0
+    found, strange = [], 0
     for i, mask in enumerate(data.progress(masks, "masks read")):
         if mask is None:
             labels = np.zeros((1, 1), np.uint8)
@@ -305,14 +306,14 @@ def mask_labels(net, photos, masks, s):
         present = np.flatnonzero(photos.tags[i])
         alien = np.setdiff1d(labels, [*present, 0, VOID]).size > 0
         strange += present[0] > 0 and (alien or not np.isin(present, labels).any())
-        cells.append(at_cells(labels, net.cells(s.size), s.size))
+        found.append(at_cells(labels, net.cell_places(s.size), s.size))
     objects = int((photos.tags[:, 0] == 0).sum())
     counts = f"{strange} of {objects} masks hold other classes than their tags"
     if strange and strange >= objects / 2:
         raise InputError(f"--masks {s.masks}: {counts}; expected class indices, 255 only as void")
     if strange and RANK == 0:
         print(f"--masks {s.masks}: {counts}")
-    return np.stack(cells)
+    return np.stack(found)
 
 
 # ---------------------------------------------------------------- labels of the net's own making
@@ -323,7 +324,7 @@ def look(net, photos, i, device):
     with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
         maps = net.tuned(features)
         scores = net.scores(maps)
-        foreground = net.foreground_under(scores, maps)
+        foreground = net.foreground_map(maps, *scores.shape[2:])
     return maps.float(), scores.float(), foreground.float()
 
 
@@ -398,18 +399,19 @@ def own_labels(net, photos, s, device):
             yield photos.paths[i], tagged, model.pixel_scores(scores, foreground)[:, tagged].cpu()
 
     stride, _, centre = model.geometry(net.rows)
-    label = functools.partial(label_cells, net.cells(s.size), stride, centre, s.size, s.sure)
+    places = net.cell_places(s.size)
+    label = functools.partial(label_cells, places, stride, centre, s.size, s.sure)
     return np.stack(list(infer.overlapped(label, scored(), s.workers)))
 
 
-def label_cells(cells, stride, centre, size, sure, scored):
+def label_cells(places, stride, centre, size, sure, scored):
     """Labels (h, w) of one photograph, of (path, classes (C,), their scores (1, C, h, w))."""
     path, classes, scores = scored
     image = data.shrink(data.load_image(path, near=size), size)
     p = model.upsample(scores, image.shape[:2], stride, centre, (size, size)).softmax(1)[0]
     regions = infer.superpixels_at_half(image)
     labels = infer.labels_from_tags(p.numpy(), classes, image, regions, sure)
-    return at_cells(labels, cells, size)
+    return at_cells(labels, places, size)
 
 
 # ---------------------------------------------------------------- the command line
@@ -553,8 +555,8 @@ def plain_settings(s, photos):
         if not isinstance(path, np.ndarray):
             size = os.path.getsize(path) if os.path.exists(path) else 0
             digest.update(os.fsencode(f"{Path(path).name} {size}"))
-    if photos.cells is not None:
-        digest.update(photos.cells.tobytes())
+    if photos.labels is not None:
+        digest.update(photos.labels.tobytes())
     return {**dataclasses.asdict(s), "photos": digest.hexdigest()[:12], "cached": bool(s.cache)}
 
 
@@ -567,12 +569,12 @@ def git_commit():
         return "unknown"
 
 
-def read_resumed(path, settings, net):
+def read_resumed(path, record, net):
     """The checkpoint to go on from; fills the net. Raises InputError listing what differs."""
     with data.reading(path, "a checkpoint of this run, or a new run without --resume"):
         ckpt = model.read_checkpoint(path)
         was = {**ckpt["settings"], "classes": ckpt["classes"]}
-        now = {**settings, "classes": net.classes}
+        now = {**record, "classes": net.classes}
         fixed = [name for name in now if name not in MAY_CHANGE]
         if ckpt["step"] > min(was["steps"], now["steps"]):  # past what those decide
             fixed += ["steps", "self_steps"]
@@ -686,9 +688,9 @@ def cached(net, photos, s, device):
 
     shape = tuple(net.frozen(torch.zeros(1, 3, s.size, s.size, device=device)).shape[1:])
     network = f"{s.trunk} {model.fingerprint(net)} {len(net.frozen_rows)} rows, bfloat16 {net.amp}"
-    options = (shape, network, s.cache, s.workers, s.jitter)
+    options = {"folder": s.cache, "workers": s.workers, "mirror": s.jitter}
     with first_process_first():
-        return data.with_features(photos, compute, *options)
+        return data.with_features(photos, compute, shape, network, **options)
 
 
 def round_labels(net, photos, s, device, file, made):
@@ -717,22 +719,23 @@ def readable(photos, indices):
             yield data.shrink(data.load_image(photos.paths[i])), photos.tags[i]
 
 
-def finish(net, photos, s, scenes):
+def finish(net, photos, s, record, scenes):
     """What follows training: thresholds, head.pt, pictures, and for the toy the scored ladder."""
     out = Path(s.out)
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
     some = data.progress(data.spread(len(photos), s.threshold_images), "thresholds")
-    ckpt["thresholds"] = infer.fit_thresholds(net, readable(photos, some))
+    thresholds = infer.fit_thresholds(net, readable(photos, some))
+    ckpt.update(settings=record, thresholds=thresholds)
     data.write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
     halved = {name: tensor.half() for name, tensor in ckpt["model"].items()}
-    settings = {**ckpt["settings"], **dict.fromkeys(PATHS, ""), "masks": "given" if s.masks else ""}
+    settings = {**record, **dict.fromkeys(PATHS, ""), "masks": "given" if s.masks else ""}
     head = {**ckpt, "model": halved, "optimizer": {}, "settings": settings}
     data.write_atomically(out / "head.pt", functools.partial(torch.save, head))
 
     if scenes:
         options = {"boxes": None, "mcg": None, "ilp_form": "objects"}
-        report, _ = eval_voc.ladder(net, scenes, {**options, "thresholds": ckpt["thresholds"]})
+        report, _ = eval_voc.ladder(net, scenes, {**options, "thresholds": thresholds})
         eval_voc.print_ladder(report)
         data.write_json(out / "scores.json", report)
         samples = [(infer.Scene(image), labels) for _, image, labels in scenes[:6]]
@@ -756,9 +759,9 @@ def main():
     photos, masks = load_photos(preset, s)
     net = prepare_net(s, photos.classes, device)
     if masks:
-        photos.cells = mask_labels(net, photos, masks, s)
-    settings = plain_settings(s, photos)
-    saved = read_resumed(out / "ckpt.pt", settings, net) if s.resume else {"step": 0}
+        photos.labels = mask_labels(net, photos, masks, s)
+    record = plain_settings(s, photos)
+    saved = read_resumed(out / "ckpt.pt", record, net) if s.resume else {"step": 0}
 
     if RANK == 0:
         lock = claim(out)
@@ -769,26 +772,27 @@ def main():
         if not s.resume:
             move_aside(out)
         how = {"commit": git_commit(), "command": " ".join(sys.argv)}
-        data.write_json(out / "settings.json", {**settings, **how})
+        data.write_json(out / "settings.json", {**record, **how})
         begin_log(out / "log.csv", saved["step"])
 
     # The first stage learns the tags; each later one also labels that the net has made itself.
-    for turn in range(1 + (s.self_rounds if s.self_steps else 0)):
-        begin = s.steps + (turn - 1) * s.self_steps if turn else 0
-        stage = Stage(begin, s.steps + turn * s.self_steps, max(begin, saved["step"]))
+    rounds = s.self_rounds if s.self_steps else 0
+    ends = [s.steps + turn * s.self_steps for turn in range(1 + rounds)]
+    for turn, (begin, end) in enumerate(zip([0, *ends], ends)):
+        stage = Stage(begin, end, max(begin, saved["step"]))
         if stage.first >= stage.end:
             continue  # before this --resume
         if turn:
             made = stage.first > begin
-            photos.cells = round_labels(net, photos, s, device, out / f"self{turn}.npy", made)
+            photos.labels = round_labels(net, photos, s, device, out / f"self{turn}.npy", made)
         optimizer = make_optimizer(net, s, device)
         if stage.first > begin:
             optimizer.load_state_dict(saved["optimizer"])
-        train(net, make_batches(photos, s, device, stage), optimizer, s, stage, settings)
+        train(net, make_batches(photos, s, device, stage), optimizer, s, stage, record)
 
     if RANK == 0:
         scenes = data.toy_scenes(s.seed, s.toy_scenes) if preset == "toy" else None
-        finish(net, photos, s, scenes)
+        finish(net, photos, s, record, scenes)
         print(f"wrote {out}/ in {time.perf_counter() - start:.0f} s")
         lock.close()
     if WORLD > 1:
