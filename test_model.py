@@ -986,9 +986,9 @@ def test_loader_processes_that_die_end_in_one_line(monkeypatch):
 # ---------------------------------------------------------------- tags and lists
 @pytest.mark.parametrize("rows, tags", [
     (["file,tags", "0.png,dog", "1.png,cat;dog", "2.png,"], [{2}, {1, 2}, {0}]),
-    (["0.png,Background", "1.png,cat", "2.png,BACKGROUND;cat"], [{0}, {1}, {1}]),  # fault 9
-    (["0.png,dog", "./0.png,cat", "1.png,"], [{1, 2}, {0}]),  # fault 10
-    (["0.png,sea lion", "1.png,sea \t lion", "2.png,sea\u00a0lion "], [{1}] * 3),  # fault 11
+    (["0.png,Background", "1.png,cat", "2.png,BACKGROUND;cat"], [{0}, {1}, {1}]),
+    (["0.png,dog", "./0.png,cat", "1.png,"], [{1, 2}, {0}]),
+    (["0.png,sea lion", "1.png,sea \t lion", "2.png,sea\u00a0lion "], [{1}] * 3),
     (["0.png,caf\u00e9", "1.png,cafe\u0301", "2.png,caf\u00e9;"], [{1}] * 3),
 ])  # fmt: skip
 def test_one_meaning_is_one_class(rows, tags):
@@ -1416,7 +1416,7 @@ def malformed_files():
     changes = {"format": Evil()}, {"classes": 3}, {"settings": {}}, {"model": {}}, {"model": nan}
     checkpoints = [saved({**toy, **change}) for change in changes]
     yield LABEL.replace("toy", "bad"), "bad.pt", [whole[:-100], saved([1]), *checkpoints]
-    early = saved({**toy, "thresholds": {}})  # fault 20: of a run that has not ended
+    early = saved({**toy, "thresholds": {}})  # of a run that has not ended
     yield f"{LABEL} --prior bb".replace("toy", "bad"), "bad.pt", [early], "bad.pt: no thresholds"
     yield f"{VOC} --out run --resume --steps 4", "run/ckpt.pt", [whole[:-100]]
     weights = [b"hello", saved([Evil()]), saved({"features.0.weight": 1})]
@@ -1427,7 +1427,7 @@ def malformed_files():
     yield f"{LABEL} --prior bb --boxes .", "photo.txt", [b"", b"1 2 3 4", b"1 2 3 4 x"]
 
 
-# Values that are wrong and, of fault 20, options that would do nothing.
+# Values that are wrong, and options that would do nothing.
 WRONG_FLAGS = {
     f"{TOY} --out out": "--batch 0|--lr nan|--dropout 2|--seed -1|--train-convs 9|--head x|--size 4"
     "|--kernel ,|--dense 3|--device no|--stesp 5|--r 0|--save-every 3|--limit 3|--images photos"
