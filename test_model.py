@@ -1132,6 +1132,8 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
     }.items():
         refused(f"{FOLDER} --resume {more}", words)
     assert not Path("gone").exists()
+    ok(f"{FOLDER} --resume --sides 40")  # which is for labelling alone
+    assert model.load_net("o/ckpt.pt")[0].sides == (40,)
 
 
 def test_a_head_is_refused_on_other_trunk_weights():
@@ -1146,6 +1148,12 @@ def test_a_head_is_refused_on_other_trunk_weights():
     for command in (label, f"{voc} --steps 4 --resume"):
         ok(f"{command} --weights half.pth")
         refused(f"{command} --weights other.pth", "o/ckpt.pt", "other trunk weights")
+
+    # A trunk that was trained is in the checkpoint, and needs no weights beside it.
+    ok(f"{voc} --weights vgg.pth --train-convs -1")
+    Path("vgg.pth").unlink()
+    ok(label)
+    refused(f"{label} --weights half.pth", "o/ckpt.pt", "whole trunk")
 
 
 def outcome(folder):
@@ -1211,7 +1219,20 @@ def test_two_processes_train_as_one(kind):
     assert one[0] - one[-1] > 1e-3  # there is something to compare
 
 
-# ---------------------------------------------------------------- options
+# ---------------------------------------------------------------- devices and options
+def test_the_chosen_device_is_asked_and_no_other(monkeypatch):
+    capability = {torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {torch.device("cuda:1"): 3e9}.get)
+    assert [model.has_bfloat16(device) for device in capability] == [False, True]
+    assert model.memory(torch.device("cuda:1")) == 3
+
+
+def test_a_torch_that_does_not_know_has_no_bfloat16(monkeypatch):
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    assert not model.has_bfloat16(torch.device("cpu"))
+
+
 def test_settings_of_the_paper_preset_are_the_papers():
     paper = train.parse(["paper", "--imagenet", "."])[1]
     assert (paper.lr, paper.momentum, paper.weight_decay) == (1e-3, 0.9, 5e-5)
