@@ -309,7 +309,7 @@ def smoothed(p, image, regions):
     return np.stack(means).astype(np.float32)[:, regions]
 
 
-def refine(p, image, regions, background=0.2):
+def refine(p, image, regions, background=0.1):
     """Our own prior, nothing trained: `smoothed`, with the background's p at a share of itself.
 
     The ILP has lowered every object's p, the background's not, and what is smoothed away of an

@@ -83,7 +83,7 @@ class Settings:
     loss: str = "softmax"  # NAME: of the tags (paper: softmax, Eq. 2)
     dropout: float = 0.5  # P: in the head (paper: 0.5)
     dense: int = 1  # M: labelling: score grid so many times finer than the stride
-    sides: tuple = ()  # N,N: labelling: see images at areas N x N [voc, folder: SIZE,1.5 SIZE]
+    sides: tuple = ()  # N,N: labelling: see images at areas N x N [voc, folder: SIZE]
 
     # optimiser
     optimizer: str = "sgd"  # NAME: adam is AdamW (paper: sgd)
@@ -460,7 +460,7 @@ def parse(argv):
 
     photographs = preset in ("voc", "folder")  # whole ones, squashed to size x size
     s.size = s.size or TRUNKS[s.trunk].size
-    s.sides = s.sides or ((s.size, s.size * 3 // 2) if photographs else ())
+    s.sides = s.sides or ((s.size,) if photographs else ())
     s.cache = s.cache or (f"{s.out}/cache" if photographs and s.train_convs >= 0 else "no")
     s.cache = "" if s.cache == "no" else s.cache
     s.self_steps = 0 if s.masks and "self_steps" not in given else s.self_steps
