@@ -645,8 +645,8 @@ def test_our_own_proposals_find_a_bright_object():
 
 def test_refine_ends_where_the_object_does():
     scene = bright_object()
-    beside = np.full((80, 100), 0.1, np.float32)
-    beside[18:50, 40:80] = 0.9  # a score map's place is not exact
+    beside = np.full((80, 100), 0.01, np.float32)
+    beside[18:50, 40:80] = 0.3  # a score map's place is not exact, and it favours background
     labels = infer.refine(np.stack([1 - beside, beside]), scene.image, scene.regions).argmax(0)
     assert (labels == (scene.image[..., 0] > 100)).mean() > 0.99
 
@@ -1199,15 +1199,15 @@ def torchrun(command):
 
 @pytest.mark.parametrize("kind", ["tags", "labels"])
 def test_two_processes_train_as_one(kind):
-    """The same losses, where masks have more void in one image than in another; those two
-    are stopped at step 8 and resumed."""
+    """The same losses in float32, where masks have more void in one image than in another; those
+    two are stopped at step 8 and resumed."""
     try:
         socket.create_server(("127.0.0.1", 0)).close()
     except OSError as e:
         pytest.skip(f"no sockets here: {e}")
     make_masks()
     command = f"{FOLDER if kind == 'tags' else MASKED} --log-every 1 --dropout 0 --optimizer sgd"
-    command += " --schedule steps --lr 0.01 --out"
+    command += " --no-amp --schedule steps --lr 0.01 --out"
     ok(f"{command} one --steps 20")
     if kind == "labels":
         torchrun(f"{command} two --steps 8")
