@@ -29,6 +29,11 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 VOID = 255
 VOC_CLASSES = [
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -51,6 +56,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; an empty value, as of an unset shell variable, is refused."""
+        words = sys.argv[1:] if args is None else args
+        empty = [word for word in words if not word or word[:2] == "--" and word[-1] == "="]
+        if empty:
+            self.error(f"argument '{empty[0]}': empty; expected a value")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
@@ -92,6 +105,18 @@ def progress(items, what):
 def spread(n, k):
     """k of n indices, evenly spread, or all of them."""
     return np.linspace(0, n - 1, min(n, k)).astype(int).tolist()
+
+
+def claim(out):
+    """Make a folder this run's own as long as it lives. Returns its open lock."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(out, ".lock"), "w")  # noqa: SIM115 (open, and so locked, as long as the run)
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise InputError(f"{out}: another run writes there; wait, or give another --out") from e
+    return lock
 
 
 def write_atomically(path, write):
@@ -136,7 +161,7 @@ def read_rows(path, expected, columns=0):
         lines = csv.reader(file) if columns else [line.split() for line in file]
         rows = [[cell.strip() for cell in cells] for cells in lines]
         rows = [row for row in rows if any(row)]
-        wrong = [row for row in rows if columns and len(row) != columns]
+        wrong = [row for row in rows if columns and len(row) != columns or "\0" in "".join(row)]
         if wrong:
             raise ValueError(f"a line of {len(wrong[0])} cells, {wrong[0][0][:40]!r}")
         return rows
@@ -161,6 +186,19 @@ def read_labels(path):
         if image.mode == "P" and (colours != voc_palette()[labels]).any():
             raise ValueError("a palette of other colours")
     return labels
+
+
+def read_notes(path):
+    """What infer.py has noted in a label PNG: (its classes, a comment); "" in any other's place."""
+    with reading(path, "a PNG"), Image.open(path) as image:
+        return image.info.get("Classes", ""), str(image.info.get("Comment", ""))
+
+
+def read_truth(path):
+    """A true mask as class indices, (H, W) uint8; raises InputError if it is infer.py's."""
+    if read_notes(path)[0]:
+        raise InputError(f"{path}: labels that infer.py made; expected a true mask")
+    return read_labels(path)
 
 
 def save_labels(path, labels, classes=None, comment=""):
@@ -192,6 +230,7 @@ def load_image(path, near=None):
     if isinstance(path, np.ndarray):
         return path
     with reading(path, "a whole image; leave it out, or save it again"), Image.open(path) as image:
+        deep = image.mode[0] not in "IF" and image.tile and ";16" in str(image.tile[0][3])
         if near:
             image.draft("RGB", (near, near))
         image = ImageOps.exif_transpose(image)
@@ -201,7 +240,9 @@ def load_image(path, near=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert("RGB"))
-        if pixels.max() < 16:  # what Pillow makes of 12-bit values in 16-bit colours
+        if pixels.max() < (
+            64 if deep else 16
+        ):  # what Pillow makes of 12 or 14-bit values in 16-bit colours
             raise ValueError(f"black: no value is above {pixels.max()} of 255")
         return pixels
 
@@ -376,13 +417,17 @@ def find_masks(photos, folder):
 
 
 def read_mask(path, photo, classes):
-    """Labels (H, W) uint8; raises InputError if they are not the photograph's, or no classes'."""
+    """Labels (H, W) uint8; raises InputError if they are not the photograph's, or of other classes."""
+    meant = read_notes(path)[0]
+    if meant not in ("", ";".join(classes)):
+        raise InputError(f"{path}: labels of {meant}; expected those of {';'.join(classes)}")
     labels, shape = read_labels(path), load_image(photo).shape[:2]
     if labels.shape != shape:
         raise InputError(f"{path}: {labels.shape[::-1]} pixels, its photo, upright, {shape[::-1]}")
     highest = labels.max(where=labels != VOID, initial=0)
-    if highest >= classes:
-        raise InputError(f"{path}: holds index {highest}; expected 0..{classes - 1}, 255 for void")
+    if highest >= len(classes):
+        wanted = f"expected 0..{len(classes) - 1}, 255 for void"
+        raise InputError(f"{path}: holds index {highest}; {wanted}")
     return labels
 
 
@@ -398,6 +443,11 @@ def class_name(text, where):
 def letters(name):
     """What two spellings of one name have in common: letters and digits, in lower case."""
     return "".join(c for c in name.casefold() if unicodedata.category(c)[0] in "LNM")
+
+
+def with_background(tags):
+    """Indices (C,) of background and of an image's tags (K,) of 0/1."""
+    return np.union1d(0, np.flatnonzero(tags))
 
 
 def tagged(paths, tags, classes):
@@ -417,10 +467,12 @@ def read_tags(folder, path):
     if rows and rows[0][0].lower() in ("file", "image", "filename"):
         rows = rows[1:]
     tags, files = {}, {}
+    if not rows:
+        raise InputError(f"{path}: names no photograph; expected {expected}")
     for name, cell in rows:
         file = Path(folder, name)
-        real = file.resolve()
-        if not file.is_file() or not real.is_relative_to(Path(folder).resolve()):
+        real = Path(os.path.abspath(file))  # a link inside may point outside
+        if not file.is_file() or not real.is_relative_to(os.path.abspath(folder)):
             raise InputError(f"{path}: {file} is no file there; expected {expected}")
         names = {class_name(word, path) for word in cell.split(";")} - {"background"}
         first = files.setdefault(real, file)  # the same file may be spelt in several ways
@@ -438,9 +490,11 @@ def voc_ids(voc, name, kinds=("Segmentation", "Main")):
     lists = [Path(voc, "ImageSets", kind, f"{name}.txt") for kind in kinds]
     path = next((p for p in lists if p.exists()), lists[0])
     expected = "different image ids, one a line, in a devkit's VOC2012 folder"
-    files = [Path(row[0]) for row in read_rows(path, expected)]
+    rows = read_rows(path, expected)
+    files = [Path(row[0]) for row in rows]
     ids = [file.stem if file.suffix in (".jpg", ".png") else file.name for file in files]
     bad = [i for i in ids if not i.strip(".") or set(i) & set("\\:\0")]
+    bad += [row[1] for row in rows if len(row) > 1 and "/" not in row[1]]  # no mask's path
     if not ids or bad or len(set(ids)) < len(ids):
         found = f"{len(ids)} ids, {len(set(ids))} different ones, bad: {bad[:1]}"
         raise InputError(f"{path}: {found}; expected {expected}")
@@ -498,24 +552,33 @@ def image_files(folder):
     Image.init()
     kinds = {*Image.OPEN, "MPO"}  # which its JPEG reader opens
     known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
-    there = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name[0] != "."]
-    files = [p for p in there if p.suffix.lower() in known]
+    there = []
+    for path in sorted(Path(folder).rglob("*")):
+        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
+        if not hidden and (path.is_symlink() or not path.is_dir()):
+            there.append(path)
+    files = [p for p in there if p.suffix.lower() in known and p.is_file()]
     if not files:
         raise InputError(f"{folder}: no such folder, or no image below it that Pillow reads")
-    others = {p.suffix for p in there} - {p.suffix for p in files}
+    others = sorted(set(there) - set(files))
     if others:
-        kinds = " ".join(sorted(others))
-        print(f"{folder}: {len(there) - len(files)} other files are left out: {kinds}")
+        kinds = " ".join(sorted({path.suffix or path.name for path in others}))
+        print(f"{folder}: {len(others)} other files are left out: {kinds}")
     return files
+
+
+def note_unlisted(folder, path, tags):
+    """Print which photographs of a folder its CSV does not name; tags: see read_tags."""
+    listed = {os.path.abspath(file) for file in tags}
+    unlisted = [file for file in image_files(folder) if os.path.abspath(file) not in listed]
+    if unlisted:
+        print(f"{path}: left out: {len(unlisted)} photographs without a line, {unlisted[0]} first")
 
 
 def folder_photos(folder, tags):
     """Photos of one's own, tagged by a CSV (see read_tags). Classes are in alphabetical order."""
     names = read_tags(folder, tags)
-    listed = {file.resolve() for file in names}
-    unlisted = [file for file in image_files(folder) if file.resolve() not in listed]
-    if unlisted:
-        print(f"{tags}: left out: {len(unlisted)} photographs without a line, {unlisted[0]} first")
+    note_unlisted(folder, tags, names)
     classes = ["background", *sorted(set().union(*names.values()))]
     spelt = {letters(name): name for name in classes}
     for name in classes:

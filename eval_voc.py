@@ -155,7 +155,7 @@ def voc_samples(voc, name, limit=0):
         if not path.is_file():
             raise InputError(f"{path}: no such file; --set {name} needs its photographs and masks")
     for i, photo, mask in zip(data.progress(ids, "images"), photos, masks):
-        yield i, data.load_image(photo), data.read_labels(mask)
+        yield i, data.load_image(photo), data.read_truth(mask)
 
 
 # ---------------------------------------------------------------- commands
@@ -176,11 +176,10 @@ def attempt(function, items):
 def read_prediction(path, classes, known_tags_allowed=False):
     """Labels (H, W) of a PNG; raises InputError where its notes say that they are others."""
     labels = data.read_labels(path)
-    with Image.open(path) as image:
-        meant, comment = image.info.get("Classes"), image.info.get("Comment", "")
+    meant, comment = data.read_notes(path)
     if meant and meant != ";".join(classes):
         raise InputError(f"{path}: labels of {meant}; give --classes CKPT")
-    if "known tags" in str(comment) and not known_tags_allowed:
+    if "known tags" in comment and not known_tags_allowed:
         raise InputError(f"{path}: made with known tags; score it with --void-allowed")
     return labels
 
@@ -196,7 +195,7 @@ def run_score(args):
     def compare(i):
         path = Path(args.folder, f"{i}.png")
         labels = read_prediction(path, classes, args.void_allowed)
-        truth = data.read_labels(Path(args.voc, "SegmentationClass", f"{i}.png"))
+        truth = data.read_truth(Path(args.voc, "SegmentationClass", f"{i}.png"))
         with data.reading(path, "labels as infer.py writes them"):
             if not args.void_allowed:
                 return confusion(truth, labels, K)
@@ -207,6 +206,8 @@ def run_score(args):
     matrices = attempt(compare, data.voc_ids(args.voc, args.set))
     total = sum(matrices)
     report = summarise(total[:K], classes, len(matrices))
+    if not total[:K, :K].any():
+        raise InputError(f"{args.folder}: no pixel has a label; expected class indices, not 255")
     if args.void_allowed:  # void is counted as class K
         iou = measures(total)[0][:K]
         wrong = float(iou[total[:K].sum(1) > 0].mean())

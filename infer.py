@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,10 @@ def timed(part):
 # ---------------------------------------------------------------- scores and the image-level prior
 @timed("network")
 @torch.no_grad()
-def predict(net, image):
+def predict(net, image, tagged=None):
     """Eq. 2 of an image (H, W, 3) uint8: p (K, H, W) at every pixel, q (K,) of the whole.
 
+    tagged: where tags are known, their indices (C,), background's first; p is then (C, H, W).
     Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer."""
     H, W = image.shape[:2]
     device = net.mean.device
@@ -59,8 +61,11 @@ def predict(net, image):
         seen = np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
         x = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device)  # (1, 3, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            cells, foreground, step, offset = net.dense(x, net.dense_factor)
-        cell_scores = model.pixel_scores(cells, foreground)
+            cells, maps, step, offset = net.dense(x, net.dense_factor)
+        if tagged is None:
+            cell_scores = net.pixel_scores(cells, maps)
+        else:
+            cell_scores = net.tagged_scores(cells, maps, tagged)
         pixels = model.upsample(cell_scores, (H, W), step, offset, (h, w))[0]
         scores = scores + pixels / len(sides)
         image_scores = image_scores + net.aggregate(cells)[0] / len(sides)
@@ -203,14 +208,20 @@ def segment_cover(segments, scores, regions):
     return mean[regions]
 
 
-def read_boxes(path):
-    """Lines x0 y0 x1 y1 score, of BING or any detector -> boxes (N, 4), scores (N,) in 0..1."""
-    expected = "a line x0 y0 x1 y1 score for every box"
+def read_boxes(path, shape):
+    """Lines x0 y0 x1 y1 score, of BING or any detector -> boxes (N, 4), scores (N,) in 0..1.
+
+    shape: (H, W) of the picture, which holds them."""
+    expected = "a line x0 y0 x1 y1 score for every box, in pixels of a photograph up to 1,000 px"
     with data.reading(path, expected):
         values = np.array(data.read_rows(path, expected), float)
         if values.ndim != 2 or values.shape[1] != 5 or not np.isfinite(values).all():
             raise ValueError("not five numbers a line")
-    return values[:, :4], scaled(values[:, 4])
+        boxes = values[:, :4]
+        inside = boxes.min() >= -1 and (boxes[:, 2:] <= np.array(shape[::-1]) + 1).all()
+        if not inside or (boxes[:, 2:] - boxes[:, :2] < 1).any():
+            raise ValueError(f"not all boxes are a pixel or more of {shape[1]}x{shape[0]}")
+    return boxes, scaled(values[:, 4])
 
 
 def read_mcg(path, shape):
@@ -350,7 +361,8 @@ class Scene:
     def bb(self):
         """p(pixel in an object) from boxes, (H, W), `relative` to the picture's."""
         if self.boxes:
-            boxes, scores = read_boxes(Path(self.boxes, f"{self.name}.txt"))
+            path = Path(self.boxes, f"{self.name}.txt")
+            boxes, scores = read_boxes(path, self.image.shape[:2])
         else:
             boxes, scores = boxes_of(self.segments[0], self.regions), self.segments[1]
         return relative(box_cover(boxes, scores, self.image.shape[:2]))
@@ -386,8 +398,9 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
     area, images = np.zeros(K), np.zeros(K)  # pixels of each class, and images with it
     for image, tags in samples:
         scene, (p, q) = Scene(image), predict(net, image)
-        tagged = np.union1d(np.flatnonzero(tags), 0)  # and background
-        labels = labels_from_tags(p[tagged], tagged, image, scene.regions, sure=0)
+        tagged = data.with_background(tags)
+        known = predict(net, image, tagged)[0]
+        labels = labels_from_tags(known, tagged, image, scene.regions, sure=0)
         counts = np.bincount(labels.ravel(), minlength=K)
         area, images = area + counts, images + (counts > 0)
         for name in names:
@@ -494,7 +507,11 @@ def in_pool(work, prediction):
 
 
 def collect(job):
-    result, spent = job.result()
+    try:
+        result, spent = job.result()
+    except BrokenProcessPool as e:
+        why = "a process for the priors has died, for want of memory"
+        raise InputError(f"--workers: {why}; give fewer, or none") from e
     SECONDS.update(spent)  # a Counter: adds
     return result
 
@@ -554,18 +571,21 @@ def files_to_label(args, tags):
                 both = f"would be written for {file} and {taken[path]}"
                 raise InputError(f"{path}: {both}; label folders apart, or give another --out")
             taken[path] = file
+        labels = Path(args.out, f"{file.stem}.png")
+        if labels.exists() and not data.read_notes(labels)[0]:
+            raise InputError(f"{labels}: not written by infer.py; give another --out")
     if args.panel and Path(args.panel).resolve() in taken:
         raise InputError(f"--panel {args.panel}: a photograph or its labels; give another name")
     return files
 
 
 def known_tags(args, classes):
-    """{file: its tags (K,) bool}: of the set of --voc, or of the CSV --known-tags for one folder."""
+    """{file: indices (C,) of background and its tags}: of --voc's set, or of a CSV for one folder."""
     if args.voc and (classes != data.VOC_CLASSES or args.known_tags != "the set's"):
         raise InputError("--known-tags with --voc: no CSV, and a checkpoint of VOC's classes")
     if args.voc:
         photos = data.voc_photos(args.voc, args.set)
-        return dict(zip(photos.paths, photos.tags.numpy() > 0))
+        return dict(zip(photos.paths, map(data.with_background, photos.tags)))
     if len(args.images) != 1 or args.known_tags == "the set's":
         raise InputError("--known-tags: give one folder of photographs, and the CSV of their tags")
     tags = data.read_tags(args.images[0], args.known_tags)
@@ -573,23 +593,24 @@ def known_tags(args, classes):
     if unknown:
         known = f"its classes are {', '.join(classes)}"
         raise InputError(f"{args.known_tags}: {min(unknown)} is unknown to the checkpoint; {known}")
-    return {file: np.isin(classes, [*names, "background"]) for file, names in tags.items()}
+    data.note_unlisted(args.images[0], args.known_tags, tags)
+    return {file: np.array(sorted([0, *map(classes.index, names)])) for file, names in tags.items()}
 
 
 def write_labels(args, classes, thresholds, predicted):
     """Smooth one photograph's p (K, H, W) and write its labels -> {class: share of the pixels}.
 
-    predicted: file, photo (H', W', 3), p, q, and the known tags (K,) bool, or None."""
-    file, photo, p, q, present = predicted
+    predicted: file, photo (H', W', 3), p, q, and the known tags' indices, background's too, or None.
+    """
+    file, photo, p, q, tagged = predicted
     out, comment = Path(args.out, file.stem), ""
     scene = Scene(data.shrink(photo), thresholds, args.boxes, args.mcg, file.stem)
-    if args.ilp and present is None:
+    if args.ilp and tagged is None:
         p = ilp(p, q, args.ilp_form)
-    if present is None:
+    if tagged is None:
         labels = PRIORS[args.prior](p, scene).astype(np.uint8)
     else:
-        tagged = np.union1d(np.flatnonzero(present), 0)  # and background
-        labels = labels_from_tags(p[tagged], tagged, scene.image, scene.regions, args.sure)
+        labels = labels_from_tags(p, tagged, scene.image, scene.regions, args.sure)
         comment = "training label: made with known tags"
     with timed("writing"):
         labels = np.asarray(Image.fromarray(labels).resize(photo.shape[1::-1], Image.NEAREST))
@@ -636,6 +657,10 @@ def main():
     net, thresholds = open_net(args.checkpoint, args, [args.prior])
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)
+    lock = data.claim(args.out)
+    for file in files:  # what an earlier run wrote, all of it
+        for end in (".png", "_overlay.png", ".npz"):
+            Path(args.out, file.stem + end).unlink(missing_ok=True)
     broken, start = {}, time.perf_counter()
 
     def predictions():
@@ -644,9 +669,9 @@ def main():
                 photo = data.load_image(file)
             except (InputError, OSError) as e:
                 broken[file] = data.one_line(e)
-                Path(args.out, f"{file.stem}.png").unlink(missing_ok=True)  # an earlier run's
                 continue
-            yield file, photo, *predict(net, data.shrink(photo)), tags.get(file)
+            tagged = tags.get(file)
+            yield file, photo, *predict(net, data.shrink(photo), tagged), tagged
 
     work = functools.partial(write_labels, args, net.classes, thresholds)
     for shares in overlapped(work, predictions(), args.workers):
@@ -664,6 +689,8 @@ def main():
     print(f"wrote {len(whole)} {kind} to {args.out}/, {speed:.2f} images/s")
     parts = [f"{part} {seconds / len(files):.3f}" for part, seconds in SECONDS.items()]
     print(f"seconds an image: {', '.join(parts)}")
+    lock.close()
+    Path(lock.name).unlink()
     if broken:
         raise InputError(f"{len(broken)} of {len(files)} images: {'; '.join(broken.values())}")
 

@@ -309,14 +309,30 @@ class Net(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
 
-    def foreground_map(self, maps, h, w):
-        """(B, 1, h, w): how far labelling lowers the background's score in each cell of the score
-        map that is made of the trunk's maps (B, D, H, W); see train.learn_foreground."""
-        top, left = (
-            (maps.shape[2] - h) // 2,
-            (maps.shape[3] - w) // 2,
-        )  # what the head's windows take
-        return self.foreground(of_mean_one(maps))[:, :, top : top + h, left : left + w]
+    def beneath(self, maps, rows=None):
+        """The trunk's maps (B, D, H, W), less the margin that the head's windows take."""
+        margin = int(geometry(rows or self.head_rows)[2])
+        return maps[:, :, margin : maps.shape[2] - margin, margin : maps.shape[3] - margin]
+
+    def pixel_scores(self, scores, maps):
+        """Scores of the labels: the background's lowered where the foreground, learned without
+        labels, is (train.learn_foreground). scores (B, K, h, w), maps beneath them (B, D, h, w)."""
+        foreground = self.foreground(of_mean_one(maps)).float()
+        return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
+
+    def tagged_scores(self, scores, maps, tagged, background=0.4, sharpness=3):
+        """The same where tags are known: (1, C, h, w) of background and an image's C - 1 tags.
+
+        tagged: their indices, background's first. A class's map is its margin over the mean class,
+        spread to places that look alike to the trunk, and brought to 0..1: each tagged class has
+        its place in the image, however weak it is beside another (a horse under its rider)."""
+        margin = scores[:, tagged[1:]] - scores.mean(1, keepdim=True)
+        spread = margin.flatten(2) @ affinity(maps)  # (1, C - 1, h * w)
+        low, high = spread.amin(2, keepdim=True), spread.amax(2, keepdim=True)
+        share = (spread - low) / (high - low).clamp(min=1e-6)
+        objects = share.clamp(min=1e-3).log().view_as(margin)
+        rest = torch.full_like(scores[:, :1], math.log(background))
+        return self.pixel_scores(sharpness * torch.cat([rest, objects], 1), maps)
 
     def forward(self, images):
         return self.scores(self.tuned(self.frozen(images)))
@@ -335,18 +351,16 @@ class Net(nn.Module):
         """Score map of whole images, padded so that cell i sits on pixel step * i + offset.
 
         images (B, 3, H, W) in 0..255; factor: as for dense_rows.
-        Returns scores (B, K, h, w) with h = ceil(H / step) and w = ceil(W / step), foreground
-        (B, 1, h, w), step and offset in pixels."""
+        Returns scores (B, K, h, w) with h = ceil(H / step) and w = ceil(W / step), the trunk's maps
+        beneath them (B, D, h, w), step and offset in pixels."""
         rows, depth = dense_rows(self.rows, factor), len(self.spec.rows)
         top, bottom, h, offset = centring(images.shape[2], rows)
         left, right, w, _ = centring(images.shape[3], rows)
         x = F.pad(self.normalise(images), (left, right, top, bottom))
         maps = self.run(x, rows[:depth], self.trunk)
-        scores = self.scores(maps, rows[depth:])
-        foreground = self.foreground_map(maps, *scores.shape[2:])
-        scores = scores[:, :, :h, :w].float()
-        foreground = foreground[:, :, :h, :w].float()
-        return scores, foreground, geometry(rows)[0], offset
+        scores = self.scores(maps, rows[depth:])[:, :, :h, :w].float()
+        maps = self.beneath(maps, rows[depth:])[:, :, :h, :w].float()
+        return scores, maps, geometry(rows)[0], offset
 
 
 def of_mean_one(maps):
@@ -354,9 +368,15 @@ def of_mean_one(maps):
     return maps / maps.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
-def pixel_scores(scores, foreground):
-    """Scores (B, K, h, w) of the labels: the background's lowered by foreground (B, 1, h, w)."""
-    return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
+def affinity(maps, power=2):
+    """How alike the cells of maps (1, D, h, w) are: (h * w, h * w), of columns that sum to 1.
+
+    Cosines of what is left of the maps' roots without their mean; negative ones are 0."""
+    vectors = maps[0].flatten(1)  # (D, h * w)
+    roots = vectors.sign() * vectors.abs().sqrt()
+    cells = F.normalize(roots - roots.mean(1, keepdim=True), dim=0)
+    alike = F.relu(cells.T @ cells) ** power
+    return alike / alike.sum(0).clamp(min=1e-6)
 
 
 def upsample(scores, size, step, offset, seen=None):

@@ -530,7 +530,7 @@ def test_files_of_proposals_are_read(proposals):
     assert read_scores == pytest.approx([(s - low) / (high - low) for s in scores])
 
     write("a.txt", "1 2 30 40 0.5\n\n0 0 9.4 9.6 -1.5\n5 5 6 6 2.5\n")
-    boxes, scores = infer.read_boxes("a.txt")
+    boxes, scores = infer.read_boxes("a.txt", (40, 30))
     assert boxes.tolist() == [[1, 2, 30, 40], [0, 0, 9.4, 9.6], [5, 5, 6, 6]]
     assert scores.tolist() == [0.5, 0, 1]
 
@@ -673,11 +673,15 @@ def test_fitted_thresholds_equal_a_search(prior, monkeypatch):
         )
 
     # Every class its own best; with much shrinking all share that of the mean over the objects.
+    def predict(net, image, tagged=slice(None)):
+        index = [other is image for other in images].index(True)
+        return planes[index][tagged], q
+
+    monkeypatch.setattr(infer, "predict", predict)
     net = mock.Mock(classes=["background", "a", "b", "c"])
     fitted = []
     for shrink in (0, 1e9):
-        with mock.patch.object(infer, "predict", side_effect=[(p, q) for p in planes]):
-            deltas = infer.fit_thresholds(net, [(image, tags) for image in images], shrink)
+        deltas = infer.fit_thresholds(net, [(image, tags) for image in images], shrink)
         fitted.append([round(50 * delta) for delta in deltas[prior]])
     alone, shared = fitted
     best = iou.argmax(0)
@@ -831,7 +835,8 @@ def test_own_labels_change_where_the_scores_do(trunk, size, monkeypatch):
     places = places_of_cells(net, size)
     ramp = torch.tensor(places - size / 3).float().expand(1, 1, len(places), len(places))
     scores = torch.cat([torch.zeros_like(ramp), ramp], 1)
-    monkeypatch.setattr(train, "look", lambda *given: (None, scores, torch.zeros_like(ramp)))
+    monkeypatch.setattr(train, "look", lambda *given: (scores, None))
+    monkeypatch.setattr(net, "tagged_scores", lambda scores, maps, tagged: scores)
 
     labels = []
 
@@ -857,12 +862,12 @@ def test_foreground_lies_under_the_cells_of_the_scores(factor):
     net.foreground.weight[0, :, 0, 0] = net.head[0].weight.data[1, :, 1, 1]
     image = torch.from_numpy(random_image(0, 75, 110)).permute(2, 0, 1)[None]
     maps = net.frozen(image)
-    scores = net.scores(maps)
-    in_training = scores, net.foreground_map(maps, *scores.shape[2:])
+    in_training = net.scores(maps), net.beneath(maps)
     dense = net.dense(image, factor)[:2]
-    for scores, foreground in (in_training, dense):
-        ratio = foreground[:, 0] / scores[:, 1]
-        assert foreground.shape[2:] == scores.shape[2:]
+    for scores, beneath in (in_training, dense):
+        foreground = scores[:, 0] - net.pixel_scores(scores, beneath)[:, 0]
+        ratio = foreground / scores[:, 1]
+        assert foreground.shape[1:] == scores.shape[2:]
         assert torch.allclose(ratio, ratio.mean(), rtol=1e-3)
 
 
@@ -875,6 +880,34 @@ def test_labels_and_photographs_see_the_foreground():
     odds = np.log(lowered[1] / lowered[0]) - np.log(p[1] / p[0])
     assert np.allclose(odds, 2, atol=1e-3)
     assert np.array_equal(q, same_q)  # of the whole image
+
+
+def test_affinity_is_that_of_each_pair():
+    maps = torch.randn(1, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    cells = maps[0].flatten(1).T.double().numpy()  # (h * w, D)
+    roots = np.sign(cells) * np.sqrt(abs(cells))
+    vectors = roots - roots.mean(0)
+    wanted = np.zeros((12, 12))
+    for i, a in enumerate(vectors):
+        for j, b in enumerate(vectors):
+            cosine = a @ b / np.sqrt((a @ a) * (b @ b))
+            wanted[i, j] = max(0, cosine) ** 2
+    assert np.allclose(model.affinity(maps), wanted / wanted.sum(0), atol=1e-6)
+
+
+def test_a_weak_tag_has_its_place_beside_a_strong_one():
+    """Everywhere the rider's score is the highest; where the horse's is at its best, it has the
+    label. Without tags the rider has both."""
+    net = model.Net("tiny", ["background", "horse", "person", "sofa"]).eval()
+    place = torch.linspace(-1, 1, 8).expand(
+        8, 8
+    )  # the horse is on the right, its rider on the left
+    flat = torch.zeros(8, 8)
+    scores = torch.stack([flat - 9, 1 + place, 5 - place, flat - 9])[None]
+    maps = torch.eye(64).view(1, 64, 8, 8)  # no cell looks like another
+    labels = net.tagged_scores(scores, maps, np.array([0, 1, 2])).argmax(1)[0]
+    assert (net.pixel_scores(scores, maps).argmax(1) == 2).all()
+    assert (labels[:, :3] == 2).all() and (labels[:, -3:] == 1).all()
 
 
 def test_foreground_is_found_without_labels(monkeypatch):
@@ -890,7 +923,7 @@ def test_foreground_is_found_without_labels(monkeypatch):
     scores = torch.cat([torch.zeros_like(hint), hint], 1)
 
     def look(net, photos, i, device):
-        return maps[i : i + 1], scores[i : i + 1], None
+        return scores[i : i + 1], maps[i : i + 1]
 
     monkeypatch.setattr(train, "look", look)
     net = model.Net("tiny", ["background", "cat"])
@@ -1097,9 +1130,11 @@ def test_a_new_run_moves_the_earlier_one_aside(out):
 def test_two_live_runs_never_share_a_folder():
     """Nor does one resume a run that is still alive."""
     ok(f"{TOY} --steps 2 --out o")
-    lock = train.claim(Path("o"))
-    for more in ("", "--resume"):
-        refused(f"{TOY} --steps 4 --out o {more}", "o: another run writes there", "--out")
+    lock = data.claim("o")
+    save_photo("photos/a.png")
+    commands = (f"{TOY} --steps 4", f"{TOY} --steps 4 --resume", "infer o/ckpt.pt photos")
+    for command in commands:
+        refused(f"{command} --out o", "o: another run writes there", "--out")
     lock.close()
     ok(f"{TOY} --steps 4 --out o --resume")
 
@@ -1134,6 +1169,9 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
     assert not Path("gone").exists()
     ok(f"{FOLDER} --resume --sides 40")  # which is for labelling alone
     assert model.load_net("o/ckpt.pt")[0].sides == (40,)
+    rounds = f"{FOLDER} --self-steps 2 --out r --self-rounds"
+    ok(f"{rounds} 2")
+    refused(f"{rounds} 1 --resume", "at step 6, past the end")
 
 
 def test_a_head_is_refused_on_other_trunk_weights():
@@ -1309,6 +1347,20 @@ def test_a_modules_cells_lie_on_the_right_pixels(hub):
     assert abs(y - 48.5) <= 2 and abs(x - 76.5) <= 2
 
 
+def test_labels_of_an_earlier_run_do_not_stay(toy_run):
+    save_photo("photos/a.png")
+    ok("infer out/toy/ckpt.pt photos --device cpu --soft --out l")
+    assert sorted(path.name for path in Path("l").iterdir()) == ["a.npz", "a.png", "a_overlay.png"]
+    write("photos/a.png", "broken")
+    refused("infer out/toy/ckpt.pt photos --device cpu --out l", "a.png")
+    assert not list(Path("l").glob("a*"))
+
+
+def test_a_labelling_process_that_dies_is_named():
+    with pytest.raises(data.InputError, match="--workers: a process"):
+        list(infer.overlapped(os._exit, [1], workers=1))
+
+
 def test_training_labels_keep_to_the_tags_and_say_so(toy_run):
     Path("photos").mkdir()
     for name, image, _ in data.toy_scenes(0, 2):
@@ -1416,6 +1468,11 @@ def malformed_files():
     coloured = as_bytes(Image.fromarray(plain).quantize(4).save, "png")
     yield MASKS, "masks/b.png", [void, empty, other], "other classes than their tags"
     yield MASKS, "masks/b.png", [coloured], "save them as plain grey"
+    yield MASKS, "masks/b.png", [png(plain)], "no mask of an object has a pixel of background"
+    data.save_labels("noted.png", plain, ["background", "pear"])
+    noted = Path("noted.png").read_bytes()
+    yield MASKS, "masks/b.png", [noted], "labels of background;pear"
+    yield SCORE, "VOC/SegmentationClass/b.png", [noted], "infer.py made"
     yield MASKS, "masks/b.png", [above, turned]
     yield SCORE, "masks/b.png", [picture, above, deep]
     yield SCORE, "VOC/SegmentationClass/b.png", [void, empty], "no object"
@@ -1425,12 +1482,14 @@ def malformed_files():
     # Several names in one, other spellings.
     yield CSV, "t.csv", [b"", b"b.jpg,cat,dog", b"no.jpg,cat", b"../../x.jpg,cat", b"\xff"]
     yield CSV, "t.csv", [b'b.jpg,"dog,cat"', b"b.jpg,[dog]", b"b.jpg,dog|cat", b"b.jpg,Dog;dog"]
-    yield f"{VOC} --set bad", "VOC/ImageSets/Main/bad.txt", [b"", b"..", b"a\na", b"a\0b"]
+    yield CSV, "t.csv", [b"file,tags", b"b\0.jpg,cat"]
+    yield f"{VOC} --set bad", "VOC/ImageSets/Main/bad.txt", [b"", b"..", b"a\na", b"a\0b", b"b -1"]
     yield VOC, "VOC/ImageSets/Main/cat_b.txt", [b"b 7", b"c 1"]
     thing = "<annotation><object><name>{}</name></object></annotation>"
     names = [thing.format(name).encode() for name in ("helmet", "tv monitor", "")]
     yield f"{VOC} --set new", "VOC/Annotations/new.xml", [b"<annotation>", b"<a/>", *names]
     yield PAPER, "s.csv", [b"n1", b"n1,emu"]
+    yield f"{VOC} --background . --synsets s.csv", "s.csv", [b"n1,cat"], "of no VOC class"
 
     toy, whole = model.read_checkpoint("toy.pt"), Path("toy.pt").read_bytes()
     nan = {**toy["model"], "head.0.bias": toy["model"]["head.0.bias"] * math.nan}
@@ -1440,12 +1499,15 @@ def malformed_files():
     early = saved({**toy, "thresholds": {}})  # of a run that has not ended
     yield f"{LABEL} --prior bb".replace("toy", "bad"), "bad.pt", [early], "bad.pt: no thresholds"
     yield f"{VOC} --out run --resume --steps 4", "run/ckpt.pt", [whole[:-100]]
+    head = Path("run/head.pt").read_bytes()
+    yield f"{VOC} --out run --resume --steps 4", "run/ckpt.pt", [head], "keeps no optimiser"
     weights = [b"hello", saved([Evil()]), saved({"features.0.weight": 1})]
     yield f"{VOC} --trunk vgg16 --size 96 --weights w.pt", "w.pt", weights
 
     mat = mcg_content(np.zeros((24, 30), int), np.ones((1, 1), bool), np.ones((2, 1)))
     yield f"{LABEL} --prior seg --mcg .", "photo.mat", [b"hello", as_bytes(scipy.io.savemat, mat)]
-    yield f"{LABEL} --prior bb --boxes .", "photo.txt", [b"", b"1 2 3 4", b"1 2 3 4 x"]
+    wrong = [b"", b"1 2 3 4", b"1 2 3 4 x", b"9 2 3 4 1", b"0 0 99 9 1", b"0 0 .5 .5 1"]
+    yield f"{LABEL} --prior bb --boxes .", "photo.txt", wrong
 
 
 # Values that are wrong, and options that would do nothing.
@@ -1456,7 +1518,8 @@ WRONG_FLAGS = {
     VOC: "--self-rounds 2|--toy-images 3|--sure 0.3|--trunk-lr 1|--r 3 --aggregation max",
     MASKS: "--self-steps 3",
     LABEL: "--dense 3|--sides 0|--prior no|--device cuda:99|no.jpg|--voc VOC|--boxes .|--mcg ."
-    "|--weights no|--panel photo.png|--out .|photo.png",  # the last: two labels in one file
+    "|--boxes=|--weights no|--panel photo.png|--out .|--out drawn"
+    "|photo.png",  # two labels in one file
     LADDER: "--limit -1|--set ../b|--priors no|--json x.png",
 }
 
@@ -1476,6 +1539,7 @@ def test_malformed_inputs_are_refused_in_one_line_and_leave_nothing():
     write("VOC/Annotations/new.xml", "")
     for file in ("photo.png", "n1/x.png", "x.jpg"):  # the last is outside of the folder of CSV
         save_photo(file)
+    data.save_labels("drawn/photo.png", np.full((24, 30), 12))
     ok(f"{VOC} --out run")
     shutil.copy("run/ckpt.pt", "toy.pt")
 

@@ -39,11 +39,6 @@ import model
 from data import VOID, InputError
 from model import AGGREGATIONS, LOSSES, TRUNKS, pixel_loss
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 RANK = int(os.environ.get("RANK", "0"))  # this process, of WORLD: set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -295,21 +290,26 @@ def at_cells(labels, places, size):
 
 def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path or array each, None: all background."""
-    found, strange = [], 0
+    found, strange, background = [], 0, False
     for i, mask in enumerate(data.progress(masks, "masks read")):
         if mask is None:
             labels = np.zeros((1, 1), np.uint8)
         elif isinstance(mask, np.ndarray):
             labels = mask
         else:
-            labels = data.read_mask(mask, photos.paths[i], len(photos.classes))
+            labels = data.read_mask(mask, photos.paths[i], photos.classes)
         present = np.flatnonzero(photos.tags[i])
         alien = np.setdiff1d(labels, [*present, 0, VOID]).size > 0
-        strange += present[0] > 0 and (alien or not np.isin(present, labels).any())
+        missing = present[0] > 0 and not np.isin(present, labels).any()
+        strange += alien or missing
+        background |= present[0] > 0 and not labels.all()
         found.append(at_cells(labels, net.cell_places(s.size), s.size))
     objects = int((photos.tags[:, 0] == 0).sum())
-    counts = f"{strange} of {objects} masks hold other classes than their tags"
-    if strange and strange >= objects / 2:
+    counts = f"{strange} of {len(masks)} masks hold other classes than their tags"
+    many = strange and strange >= objects / 2
+    if not many and not background:
+        counts = "no mask of an object has a pixel of background, 0"
+    if many or not background:
         raise InputError(f"--masks {s.masks}: {counts}; expected class indices, 255 only as void")
     if strange and RANK == 0:
         print(f"--masks {s.masks}: {counts}")
@@ -319,13 +319,12 @@ def mask_labels(net, photos, masks, s):
 # ---------------------------------------------------------------- labels of the net's own making
 @torch.no_grad()
 def look(net, photos, i, device):
-    """What the net gives for photo i: the trunk's maps (1, D, H, W), scores and foreground."""
+    """What the net gives for photo i: scores (1, K, h, w), the trunk's maps beneath (1, D, h, w)."""
     features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
     with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
         maps = net.tuned(features)
         scores = net.scores(maps)
-        foreground = net.foreground_map(maps, *scores.shape[2:])
-    return maps.float(), scores.float(), foreground.float()
+    return scores.float(), net.beneath(maps).float()
 
 
 def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
@@ -338,12 +337,10 @@ def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
     net.eval()
     some, vectors, objects = data.spread(len(photos), most), [], []
     for i in data.progress(some, "training images looked at"):
-        maps, scores, _ = look(net, photos, i, device)
-        present = photos.tags[i].to(device) > 0
-        present[0] = True  # background
-        share = 1 - scores[:, present].softmax(1)[:, :1]  # (1, 1, h, w) of objects
-        objects.append(F.interpolate(share, maps.shape[2:])[0, 0].flatten())
-        vectors.append(model.of_mean_one(maps)[0].flatten(1).T.half())  # (H * W, D)
+        scores, maps = look(net, photos, i, device)
+        shares = scores[0, data.with_background(photos.tags[i])].softmax(0)  # (C, h, w)
+        objects.append(1 - shares[0].flatten())
+        vectors.append(model.of_mean_one(maps)[0].flatten(1).T.half())  # (h * w, D)
     vectors, objects = torch.stack(vectors), torch.stack(objects)
 
     torch.manual_seed(s.seed)
@@ -353,8 +350,8 @@ def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         chosen = torch.randperm(len(some))[:batch]
-        cells = vectors[chosen.to(device)].float()  # (B, H * W, D)
-        share = layers(cells.flatten(0, 1)).sigmoid().view(len(chosen), 1, -1)  # (B, 1, H * W)
+        cells = vectors[chosen.to(device)].float()  # (B, h * w, D)
+        share = layers(cells.flatten(0, 1)).sigmoid().view(len(chosen), 1, -1)  # (B, 1, h * w)
         front = F.normalize((share @ cells)[:, 0], dim=1)  # (B, D)
         back = F.normalize(((1 - share) @ cells)[:, 0], dim=1)
         unlike = -torch.log(1 - cosines(front, back)).mean()
@@ -366,7 +363,7 @@ def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
 
     # The normalisation becomes part of the map, and so does what `--foreground` asks for.
     linear, norm = layers.eval().requires_grad_(False)
-    logits = torch.cat([layers(cells.float()) for cells in vectors])[:, 0]  # (N * H * W,)
+    logits = torch.cat([layers(cells.float()) for cells in vectors])[:, 0]  # (N * h * w,)
     agreement = ((logits - logits.mean()) * (objects.flatten() - objects.mean())).mean()
     gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     factor = s.foreground * agreement.sign()
@@ -394,9 +391,9 @@ def own_labels(net, photos, s, device):
 
     def scored():
         for i in data.progress(range(len(photos)), "training images labelled"):
-            _, scores, foreground = look(net, photos, i, device)
-            tagged = np.union1d(np.flatnonzero(photos.tags[i]), 0)  # and background
-            yield photos.paths[i], tagged, model.pixel_scores(scores, foreground)[:, tagged].cpu()
+            tagged = data.with_background(photos.tags[i])
+            scores = net.tagged_scores(*look(net, photos, i, device), tagged)
+            yield photos.paths[i], tagged, scores.cpu()
 
     stride, _, centre = model.geometry(net.rows)
     places = net.cell_places(s.size)
@@ -522,18 +519,6 @@ def problem(preset, s, given):
 
 
 # ---------------------------------------------------------------- the run's folder
-def claim(out):
-    """Make the folder this run's own as long as it lives. Returns its open lock."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")  # noqa: SIM115 (open, and so locked, as long as the run)
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        raise InputError(f"{out}: another run writes there; wait, or give another --out") from e
-    return lock
-
-
 def move_aside(out):
     """Put an earlier run's files into a folder of their own; other files stay where they are."""
     if not (out / "ckpt.pt").exists():
@@ -576,11 +561,15 @@ def read_resumed(path, record, net):
         was = {**ckpt["settings"], "classes": ckpt["classes"]}
         now = {**record, "classes": net.classes}
         fixed = [name for name in now if name not in MAY_CHANGE]
+        if not ckpt["optimizer"]:
+            raise ValueError("a head.pt, which keeps no optimiser")
         if ckpt["step"] > min(was["steps"], now["steps"]):  # past what those decide
             fixed += ["steps", "self_steps"]
         differ = [f"{k} was {was.get(k)} and is {now[k]}" for k in fixed if was.get(k) != now[k]]
         if differ:
             raise InputError(f"{path}: --resume with other {', '.join(differ)}; give the former")
+        if ckpt["step"] > now["steps"] + now["self_steps"] * now["self_rounds"]:
+            raise ValueError(f"at step {ckpt['step']}, past the end of these settings")
         model.load_weights(net, ckpt)
     return ckpt
 
@@ -635,6 +624,8 @@ def load_photos(preset, s):
     if s.background:
         extra = data.imagenet_photos(s.background, s.synsets)
         extra = extra.take(torch.nonzero(extra.tags[:, 0]).flatten().tolist())
+        if not len(extra):
+            raise InputError(f"--background {s.background}: no photograph of no VOC class there")
         tags = torch.cat([photos.tags, extra.tags])
         photos = data.Photos(photos.paths + extra.paths, tags, photos.classes)
     if s.limit:
@@ -656,8 +647,11 @@ def describe(preset, s, given, net, photos):
     kinds = f"{len(photos) - none:,} with objects, {none:,} of background alone"
     precision = " in bfloat16" if net.amp else ""
     print(f"{preset} on {net.mean.device}{precision}: {len(photos):,} images, {kinds}")
-    counts = zip(photos.classes, photos.tags.sum(0).int().tolist())
-    print(f"tags: {', '.join(f'{name} {count:,}' for name, count in counts)}")
+    counts = dict(zip(photos.classes, photos.tags.sum(0).int().tolist()))
+    print(f"tags: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+    absent = [name for name in photos.classes[1:] if not counts[name]]
+    if absent:
+        print(f"warning: no photograph of {', '.join(absent)}")
     if not none:
         print("warning: no photograph without objects: what surrounds one may be learned as it")
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -764,7 +758,7 @@ def main():
     saved = read_resumed(out / "ckpt.pt", record, net) if s.resume else {"step": 0}
 
     if RANK == 0:
-        lock = claim(out)
+        lock = data.claim(out)
         describe(preset, s, given, net, photos)
     if s.cache:
         photos = cached(net, photos, s, device)
