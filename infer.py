@@ -309,8 +309,10 @@ def small_picture(image, cells=64):
 
 
 @timed("refinement")
-def smoothed(p, image, regions):
-    """Shares of p (K, H, W) after pixel-adaptive refinement, small, and superpixel means."""
+def refine(p, image, regions):
+    """Our own prior, nothing trained: pixel-adaptive refinement, then superpixel means.
+
+    p (K, H, W), image (H, W, 3) uint8, regions (H, W) int -> shares (K, H, W), which sum to 1."""
     guide = small_picture(image)
     p = p / np.maximum(p.sum(0), 1e-30)
     refined = pixel_adaptive(resized(p, guide.shape[:2], "area"), guide)
@@ -320,21 +322,11 @@ def smoothed(p, image, regions):
     return np.stack(means).astype(np.float32)[:, regions]
 
 
-def refine(p, image, regions, background=0.1):
-    """Our own prior, nothing trained: `smoothed`, with the background's p at a share of itself.
-
-    The ILP has lowered every object's p, the background's not, and what is smoothed away of an
-    object goes to the background. p (K, H, W), image (H, W, 3), regions (H, W) -> (K, H, W)."""
-    weighed = p.copy()
-    weighed[0] *= background
-    return smoothed(weighed, image, regions)
-
-
 def labels_from_tags(p, classes, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
     classes (C,): indices of background and of its tags; p (C, H, W): theirs alone."""
-    share = smoothed(p, image, regions)
+    share = refine(p, image, regions)
     labels = classes[share.argmax(0)]
     return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 

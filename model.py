@@ -320,19 +320,25 @@ class Net(nn.Module):
         foreground = self.foreground(of_mean_one(maps)).float()
         return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
 
-    def tagged_scores(self, scores, maps, tagged, background=0.4, sharpness=3):
+    def tagged_scores(self, scores, maps, tagged, background=0.3, sharpness=3):
         """The same where tags are known: (1, C, h, w) of background and an image's C - 1 tags.
 
-        tagged: their indices, background's first. A class's map is its margin over the mean class,
-        spread to places that look alike to the trunk, and brought to 0..1: each tagged class has
-        its place in the image, however weak it is beside another (a horse under its rider)."""
-        margin = scores[:, tagged[1:]] - scores.mean(1, keepdim=True)
-        spread = margin.flatten(2) @ affinity(maps)  # (1, C - 1, h * w)
+        tagged: their indices, background's first. The mean of what the scores say, in which a
+        frequent class has the places of a rare one beside it (a rider those of the horse), and of
+        each tag's own map: its margin over the mean class, less its median, spread to places that
+        look alike to the trunk, as a share of its largest, and `background` of that elsewhere."""
+        by_scores = self.pixel_scores(scores, maps)[:, tagged].log_softmax(1)
+
+        margin = (scores[:, tagged[1:]] - scores.mean(1, keepdim=True)).flatten(2)
+        above = F.relu(margin - margin.median(2, keepdim=True).values)
+        spread = above @ affinity(maps)  # (1, C - 1, h * w)
         low, high = spread.amin(2, keepdim=True), spread.amax(2, keepdim=True)
         share = (spread - low) / (high - low).clamp(min=1e-6)
-        objects = share.clamp(min=1e-3).log().view_as(margin)
-        rest = torch.full_like(scores[:, :1], math.log(background))
-        return self.pixel_scores(sharpness * torch.cat([rest, objects], 1), maps)
+        objects = share.clamp(min=1e-3).log().unflatten(2, scores.shape[2:])
+        elsewhere = torch.full_like(scores[:, :1], math.log(background))
+        own = sharpness * torch.cat([elsewhere, objects], 1)
+        by_maps = self.pixel_scores(own, maps).log_softmax(1)
+        return (by_scores + by_maps) / 2
 
     def forward(self, images):
         return self.scores(self.tuned(self.frozen(images)))

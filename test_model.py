@@ -645,8 +645,8 @@ def test_our_own_proposals_find_a_bright_object():
 
 def test_refine_ends_where_the_object_does():
     scene = bright_object()
-    beside = np.full((80, 100), 0.01, np.float32)
-    beside[18:50, 40:80] = 0.3  # a score map's place is not exact, and it favours background
+    beside = np.full((80, 100), 0.1, np.float32)
+    beside[18:50, 40:80] = 0.9  # a score map's place is not exact
     labels = infer.refine(np.stack([1 - beside, beside]), scene.image, scene.regions).argmax(0)
     assert (labels == (scene.image[..., 0] > 100)).mean() > 0.99
 
@@ -654,7 +654,7 @@ def test_refine_ends_where_the_object_does():
 @pytest.mark.parametrize("prior", ["bb", "seg"])
 def test_fitted_thresholds_equal_a_search(prior, monkeypatch):
     """No multiple of 1/50 gives a class a better IoU with the labels that come from the tags."""
-    monkeypatch.setattr(infer, "smoothed", lambda p, image, regions: p)
+    monkeypatch.setattr(infer, "refine", lambda p, image, regions: p)
     tags, q = np.array([0, 1, 0, 1]), np.array([0.4, 0.9, 0.5, 0.7], np.float32)
     images = [random_image(i, 5, 6).repeat(8, 0).repeat(8, 1) for i in range(4)]
     planes = np.random.default_rng(0).dirichlet([4, 2, 1, 1], (4, 40, 48)).astype(np.float32)
