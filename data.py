@@ -417,7 +417,7 @@ def find_masks(photos, folder):
 
 
 def read_mask(path, photo, classes):
-    """Labels (H, W) uint8; raises InputError if they are not the photograph's, or of other classes."""
+    """Labels (H, W) uint8; raises InputError if they are of another photograph or of other classes."""
     meant = read_notes(path)[0]
     if meant not in ("", ";".join(classes)):
         raise InputError(f"{path}: labels of {meant}; expected those of {';'.join(classes)}")

@@ -572,7 +572,7 @@ def files_to_label(args, tags):
 
 
 def known_tags(args, classes):
-    """{file: indices (C,) of background and its tags}: of --voc's set, or of a CSV for one folder."""
+    """{file: indices (C,) of background and its tags}: of --voc's set, or one folder's CSV."""
     if args.voc and (classes != data.VOC_CLASSES or args.known_tags != "the set's"):
         raise InputError("--known-tags with --voc: no CSV, and a checkpoint of VOC's classes")
     if args.voc:
@@ -592,8 +592,7 @@ def known_tags(args, classes):
 def write_labels(args, classes, thresholds, predicted):
     """Smooth one photograph's p (K, H, W) and write its labels -> {class: share of the pixels}.
 
-    predicted: file, photo (H', W', 3), p, q, and the known tags' indices, background's too, or None.
-    """
+    predicted: file, photo (H', W', 3), p, q, and indices of background and known tags, or None."""
     file, photo, p, q, tagged = predicted
     out, comment = Path(args.out, file.stem), ""
     scene = Scene(data.shrink(photo), thresholds, args.boxes, args.mcg, file.stem)

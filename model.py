@@ -8,7 +8,7 @@
     scores = net(images)                   # images (B, 3, H, W) in 0..255 -> score map (B, K, h, w)
     image_scores = net.aggregate(scores)   # (B, K), Eq. 6; softmax of it is Eq. 2
 
-Training leaves the head unpadded, as the paper does; `dense` pads, so that every pixel has its cell.
+Training leaves the head unpadded, as the paper does; `dense` pads, so that each pixel has its cell.
 
 Letters in shape comments: B batch, K classes, H W pixels, h w cells, D channels.
 """
@@ -301,7 +301,7 @@ class Net(nn.Module):
         return self.run(self.normalise(images), self.frozen_rows, self.trunk)
 
     def tuned(self, features):
-        """features from `frozen` -> the trunk's maps (B, D, h, w), through what is trained of it."""
+        """Features from `frozen` -> the trunk's maps (B, D, h, w), by what is trained of it."""
         return self.run(features, self.tuned_rows, self.trunk[self.frozen_convs :])
 
     def scores(self, maps, rows=None):

@@ -319,7 +319,7 @@ def mask_labels(net, photos, masks, s):
 # ---------------------------------------------------------------- labels of the net's own making
 @torch.no_grad()
 def look(net, photos, i, device):
-    """What the net gives for photo i: scores (1, K, h, w), the trunk's maps beneath (1, D, h, w)."""
+    """What the net gives for photo i: scores (1, K, h, w), the maps beneath them (1, D, h, w)."""
     features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
     with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
         maps = net.tuned(features)
@@ -534,7 +534,7 @@ def move_aside(out):
 
 
 def plain_settings(s, photos):
-    """The settings as a checkpoint keeps them, with a digest of the photographs and their labels."""
+    """The settings as a checkpoint keeps them, with a digest of the photographs and labels."""
     digest = hashlib.sha256(photos.tags.numpy().tobytes())
     for path in photos.paths:
         if not isinstance(path, np.ndarray):
