@@ -309,35 +309,38 @@ class Net(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
 
-    def beneath(self, maps, rows=None):
-        """The trunk's maps (B, D, H, W), less the margin that the head's windows take."""
-        margin = int(geometry(rows or self.head_rows)[2])
-        return maps[:, :, margin : maps.shape[2] - margin, margin : maps.shape[3] - margin]
+    def beneath(self, features, rows=None):
+        """The trunk's features (B, D, h', w') cropped to the score map's cells; rows: the head's."""
+        rows = rows or self.head_rows
+        h, w = (out_size(n, rows) for n in features.shape[2:])
+        first = int(geometry(rows)[2])
+        return features[:, :, first : first + h, first : first + w]
 
-    def pixel_scores(self, scores, maps):
-        """Scores of the labels: the background's lowered where the foreground, learned without
-        labels, is (train.learn_foreground). scores (B, K, h, w), maps beneath them (B, D, h, w)."""
-        foreground = self.foreground(of_mean_one(maps)).float()
+    def pixel_scores(self, scores, features):
+        """Scores of the labels: the background's, less the foreground that was learned without labels
+        (train.learn_foreground). scores (B, K, h, w), features beneath them (B, D, h, w)."""
+        foreground = self.foreground(of_mean_one(features)).float()
         return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
 
-    def tagged_scores(self, scores, maps, tagged, background=0.3, sharpness=3):
+    def tagged_scores(self, scores, features, tagged, background=0.3, sharpness=3):
         """The same where tags are known: (1, C, h, w) of background and an image's C - 1 tags.
 
-        tagged: their indices, background's first. The mean of what the scores say, in which a
-        frequent class has the places of a rare one beside it (a rider those of the horse), and of
-        each tag's own map: its margin over the mean class, less its median, spread to places that
-        look alike to the trunk, as a share of its largest, and `background` of that elsewhere."""
-        by_scores = self.pixel_scores(scores, maps)[:, tagged].log_softmax(1)
+        tagged: their indices, background's first. The mean of two log-probabilities. In the first,
+        of the scores, a frequent class takes the places of a rare one (a rider those of the horse).
+        The second gives each tag its own map: its score less the mean class's and less its median,
+        averaged over cells that look alike to the trunk, and scaled to 0..1. `background` is what
+        an object has to exceed there, `sharpness` an exponent."""
+        by_scores = self.pixel_scores(scores, features)[:, tagged].log_softmax(1)
 
         margin = (scores[:, tagged[1:]] - scores.mean(1, keepdim=True)).flatten(2)
         above = F.relu(margin - margin.median(2, keepdim=True).values)
-        spread = above @ affinity(maps)  # (1, C - 1, h * w)
+        spread = above @ affinity(features)  # (1, C - 1, h * w)
         low, high = spread.amin(2, keepdim=True), spread.amax(2, keepdim=True)
         share = (spread - low) / (high - low).clamp(min=1e-6)
         objects = share.clamp(min=1e-3).log().unflatten(2, scores.shape[2:])
         elsewhere = torch.full_like(scores[:, :1], math.log(background))
-        own = sharpness * torch.cat([elsewhere, objects], 1)
-        by_maps = self.pixel_scores(own, maps).log_softmax(1)
+        map_scores = sharpness * torch.cat([elsewhere, objects], 1)
+        by_maps = self.pixel_scores(map_scores, features).log_softmax(1)
         return (by_scores + by_maps) / 2
 
     def forward(self, images):
@@ -374,11 +377,12 @@ def of_mean_one(maps):
     return maps / maps.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
-def affinity(maps, power=2):
-    """How alike the cells of maps (1, D, h, w) are: (h * w, h * w), of columns that sum to 1.
+def affinity(features, power=2):
+    """How alike the cells of features (1, D, h, w) are: (h * w, h * w), of columns that sum to 1.
 
-    Cosines of what is left of the maps' roots without their mean; negative ones are 0."""
-    vectors = maps[0].flatten(1)  # (D, h * w)
+    x @ affinity averages x (..., h * w) over like cells. Signed square roots, less their mean over
+    the cells; their cosines, where they are positive, to a power."""
+    vectors = features[0].flatten(1)  # (D, h * w)
     roots = vectors.sign() * vectors.abs().sqrt()
     cells = F.normalize(roots - roots.mean(1, keepdim=True), dim=0)
     alike = F.relu(cells.T @ cells) ** power

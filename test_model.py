@@ -861,14 +861,23 @@ def test_foreground_lies_under_the_cells_of_the_scores(factor):
     net.head[0].weight.data[1, :, 1, 1] = torch.rand(64)
     net.foreground.weight[0, :, 0, 0] = net.head[0].weight.data[1, :, 1, 1]
     image = torch.from_numpy(random_image(0, 75, 110)).permute(2, 0, 1)[None]
-    maps = net.frozen(image)
-    in_training = net.scores(maps), net.beneath(maps)
+    features = net.frozen(image)
+    in_training = net.scores(features), net.beneath(features)
     dense = net.dense(image, factor)[:2]
     for scores, beneath in (in_training, dense):
         foreground = scores[:, 0] - net.pixel_scores(scores, beneath)[:, 0]
         ratio = foreground / scores[:, 1]
         assert foreground.shape[1:] == scores.shape[2:]
         assert torch.allclose(ratio, ratio.mean(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [(1,), (2,), (3, 2), (3, 1)])
+def test_features_beneath_the_scores_are_as_many(kernel):
+    net = model.Net("tiny", ["background", "cat"], (8,), kernel).eval()
+    features = net.frozen(torch.zeros(1, 3, 75, 110))
+    assert net.beneath(features).shape[2:] == net.scores(features).shape[2:]
+    scores, features, _, _ = net.dense(torch.zeros(1, 3, 75, 110))
+    assert features.shape[2:] == scores.shape[2:]
 
 
 def test_labels_and_photographs_see_the_foreground():
@@ -1636,7 +1645,7 @@ def test_the_readmes_commands_run_as_written(monkeypatch):
         script, first = [*command.split(), "toy"][:2]
         if script == "train":
             more = small.get(first, "--toy-images 8 --toy-scenes 1 --batch 4")
-            more = masked if "--masks VOC" in command else more
+            more = masked if first == "voc" and "--masks" in command else more
             command = f"{command} {more} {ends}"
         ok(command)
     for file in ("results.tgz", "out/toy/scores.json", "out/folder/panel.png"):
