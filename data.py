@@ -240,9 +240,8 @@ def load_image(path, near=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert("RGB"))
-        if pixels.max() < (
-            64 if deep else 16
-        ):  # what Pillow makes of 12 or 14-bit values in 16-bit colours
+        least = 64 if deep else 16  # Pillow makes such of 12 or 14-bit values in 16-bit colours
+        if pixels.max() < least:
             raise ValueError(f"black: no value is above {pixels.max()} of 255")
         return pixels
 

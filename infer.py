@@ -61,11 +61,11 @@ def predict(net, image, tagged=None):
         seen = np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
         x = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device)  # (1, 3, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            cells, maps, step, offset = net.dense(x, net.dense_factor)
+            cells, features, step, offset = net.dense(x, net.dense_factor)
         if tagged is None:
-            cell_scores = net.pixel_scores(cells, maps)
+            cell_scores = net.pixel_scores(cells, features)
         else:
-            cell_scores = net.tagged_scores(cells, maps, tagged)
+            cell_scores = net.tagged_scores(cells, features, tagged)
         pixels = model.upsample(cell_scores, (H, W), step, offset, (h, w))[0]
         scores = scores + pixels / len(sides)
         image_scores = image_scores + net.aggregate(cells)[0] / len(sides)
@@ -649,9 +649,10 @@ def main():
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)
     lock = data.claim(args.out)
-    for file in files:  # what an earlier run wrote, all of it
-        for end in (".png", "_overlay.png", ".npz"):
-            Path(args.out, file.stem + end).unlink(missing_ok=True)
+    for file in files:  # what an earlier labelling wrote, all of it
+        if Path(args.out, f"{file.stem}.png").exists():
+            for end in (".png", "_overlay.png", ".npz"):
+                Path(args.out, file.stem + end).unlink(missing_ok=True)
     broken, start = {}, time.perf_counter()
 
     def predictions():
@@ -681,7 +682,7 @@ def main():
     parts = [f"{part} {seconds / len(files):.3f}" for part, seconds in SECONDS.items()]
     print(f"seconds an image: {', '.join(parts)}")
     lock.close()
-    Path(lock.name).unlink()
+    Path(lock.name).unlink(missing_ok=True)
     if broken:
         raise InputError(f"{len(broken)} of {len(files)} images: {'; '.join(broken.values())}")
 
