@@ -310,7 +310,9 @@ class Net(nn.Module):
         return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
 
     def beneath(self, features, rows=None):
-        """The trunk's features (B, D, h', w') cropped to the score map's cells; rows: the head's."""
+        """The trunk's features (B, D, h', w'), cropped to the score map's cells: (B, D, h, w).
+
+        rows: the head's, as the scores were made by."""
         rows = rows or self.head_rows
         h, w = (out_size(n, rows) for n in features.shape[2:])
         first = int(geometry(rows)[2])
