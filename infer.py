@@ -16,6 +16,7 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -102,7 +103,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
         ends.append(b)
     columns = [np.concatenate(part) for part in (costs, starts, ends)]
     order = np.argsort(columns[0], kind="stable")
-    edges = list(zip(*(column[order].tolist() for column in columns)))
+    columns = [column[order] for column in columns]
 
     # By rising cost an edge joins A and B if it is below Int(A) + k/|A| and Int(B) + k/|B|; in a
     # second pass, if A or B is too small.
@@ -110,7 +111,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
     size = [1] * (H * W)
     limit = [k] * (H * W)  # Int(C) + k / |C|
     for growing in (True, False):
-        for cost, a, b in edges:
+        for cost, a, b in zip(*(column.tolist() for column in columns)):
             while a != parent[a]:
                 parent[a] = parent[parent[a]]
                 a = parent[a]
@@ -127,9 +128,16 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
                 parent[b] = a
                 size[a] += size[b]
                 limit[a] = cost + k / size[a]
-    for pixel, before in enumerate(parent):  # before <= pixel, so that its root is known
-        parent[pixel] = parent[before]
-    labels = np.unique(parent, return_inverse=True)[1]
+
+        # Each pixel's segment. Few edges are left that the second pass could join.
+        for pixel, before in enumerate(parent):  # before <= pixel, so that its root is known
+            parent[pixel] = parent[before]
+        segment = np.array(parent)
+        small = np.array(size)[segment] < min_size
+        a, b = columns[1:]
+        left = (segment[a] != segment[b]) & (small[a] | small[b])
+        columns = [column[left] for column in columns]
+    labels = np.unique(segment, return_inverse=True)[1]
     return labels.astype(np.int32).reshape(H, W)
 
 
@@ -481,6 +489,7 @@ def overlapped(work, predictions, workers=0):
         pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))  # one core each
     else:
         pool = ThreadPoolExecutor(1)
+        sys.setswitchinterval(2e-4)  # the network's thread waits so long for that of the priors
     with pool:
         jobs = collections.deque()
         for prediction in predictions:
@@ -608,7 +617,8 @@ def write_labels(args, classes, thresholds, predicted):
         data.save_labels(f"{out}.png", labels, classes, comment)
         if not args.voc:
             picture = Image.fromarray(overlay(photo, labels))
-            data.write_atomically(f"{out}_overlay.png", lambda f: picture.save(f, "png"))
+            save = functools.partial(picture.save, format="png", compress_level=1)  # in a third
+            data.write_atomically(f"{out}_overlay.png", save)
         if args.soft:
             content = {"scores": p.astype(np.float16), "image_scores": q, "classes": classes}
             data.write_atomically(f"{out}.npz", lambda f: np.savez_compressed(f, **content))
@@ -616,7 +626,8 @@ def write_labels(args, classes, thresholds, predicted):
     return {classes[k]: counts[k] / labels.size for k in np.argsort(-counts[: len(classes)])}
 
 
-def main():
+def parse():
+    """The command line; options that would do nothing are refused."""
     parser = data.Parser(description=__doc__)
     add = parser.add_argument_group("what to label, and where to").add_argument
     add("checkpoint", help="ckpt.pt or head.pt of train.py")
@@ -645,6 +656,11 @@ def main():
         parser.error("--ilp-form goes with the image-level prior")
     args.set, args.prior = args.set or "val", args.prior or "refine"
     args.sure = 0.6 if args.sure is None else args.sure
+    return args
+
+
+def main():
+    args = parse()
     net, thresholds = open_net(args.checkpoint, args, [args.prior])
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)
