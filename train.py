@@ -92,7 +92,7 @@ class Settings:
     self_steps: int = 0  # N: then steps on labels that the net gives the training images
     self_rounds: int = 1  # M: how often those labels are made and learned
     sure: float = 0.6  # P: share of a pixel's best class below which it gets no such label
-    foreground: float = 1.5  # X: weight of the learned foreground, in those labels and at test
+    foreground: float = 1.5  # X: weight of the learned foreground, in labels and at test
     jitter: bool = True  # flip, rotate, scale, brighten each image (cached features: flip)
 
     # run
@@ -509,7 +509,8 @@ def problem(preset, s, given):
     in_vain = {
         "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
         "dropout": not widths, "r": s.aggregation != "lse", "trunk_lr": not s.train_convs,
-        "self_rounds": not s.self_steps, "sure": not s.self_steps, "foreground": not s.self_steps,
+        "self_rounds": not s.self_steps, "sure": not s.self_steps,
+        "foreground": not s.cache or not (s.self_steps or s.masks),
         "set": preset != "voc", "background": preset != "voc",
         "synsets": not s.imagenet and not s.background,
         "limit": preset == "toy", "toy_images": preset != "toy", "toy_scenes": preset != "toy",
@@ -692,7 +693,7 @@ def cached(net, photos, s, device):
 def round_labels(net, photos, s, device, file, made):
     """Labels (N, h, w) to learn in a round of self-training: file holds them, or will if not made.
 
-    Before they are made the foreground is learned."""
+    Before they are made the foreground is learned, of the features as they are then."""
     with first_process_first():
         if RANK == 0 and not made:
             learn_foreground(net, photos, s, device)
@@ -716,10 +717,14 @@ def readable(photos, indices):
 
 
 def finish(net, photos, s, record, scenes):
-    """What follows training: thresholds, head.pt, pictures, and for the toy the scored ladder."""
-    out = Path(s.out)
+    """What follows training: foreground, thresholds, head.pt, pictures; for the toy the ladder."""
+    out, device = Path(s.out), net.mean.device
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
+    if s.cache and (s.self_steps or s.masks):  # of the features as they are now
+        learn_foreground(net, photos, s, device)
+        ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
+        ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
     some = data.progress(data.spread(len(photos), s.threshold_images), "thresholds")
     thresholds = infer.fit_thresholds(net, readable(photos, some))
     ckpt.update(settings=record, thresholds=thresholds)
