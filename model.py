@@ -248,14 +248,14 @@ class Net(nn.Module):
             if row.kind == "module":
                 layer = hub_module(*self.spec.hub[:2])
             else:
-                layer = nn.utils.skip_init(nn.Conv2d, channels, row.out, row.kernel)
+                layer = nn.Conv2d(channels, row.out, row.kernel)
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
                 nn.init.zeros_(layer.bias)
             convs.append(layer)
             channels = row.out
         convs[-1].weight.data *= 0.1  # near-uniform class probabilities at the start
         self.trunk, self.head = convs[: -len(widths)], convs[-len(widths) :]
-        self.foreground = nn.utils.skip_init(nn.Conv2d, self.head[0].in_channels, 1, 1)
+        self.foreground = nn.Conv2d(self.head[0].in_channels, 1, 1)
         for p in self.foreground.parameters():
             nn.init.zeros_(p.requires_grad_(False))  # none, until it is learned
 
