@@ -416,7 +416,9 @@ def find_masks(photos, folder):
 
 
 def read_mask(path, photo, classes):
-    """Labels (H, W) uint8; raises InputError if they are of another photograph or of other classes."""
+    """(labels (H, W) uint8, whether infer.py made them) of a photograph.
+
+    Raises InputError if they are of another photograph or of other classes."""
     meant = read_notes(path)[0]
     if meant not in ("", ";".join(classes)):
         raise InputError(f"{path}: labels of {meant}; expected those of {';'.join(classes)}")
@@ -427,7 +429,7 @@ def read_mask(path, photo, classes):
     if highest >= len(classes):
         wanted = f"expected 0..{len(classes) - 1}, 255 for void"
         raise InputError(f"{path}: holds index {highest}; {wanted}")
-    return labels
+    return labels, bool(meant)
 
 
 # ---------------------------------------------------------------- names and tags

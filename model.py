@@ -572,18 +572,6 @@ def has_bfloat16(device):
     return device.type == "cpu" and bool(has)  # MPS: nobody has tried
 
 
-def memory(device):
-    """Most memory this process has held so far, GB: on the GPU if there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def rate(function, tensor):
     """Calls of function(tensor) per second; torch's timer warms up and waits for the device."""
     from torch.utils.benchmark import Timer
@@ -604,7 +592,8 @@ def bench(net, device, gflops, batch=4):
             speed = rate(net.frozen, images) * batch
         share = f"{speed * gflops:.0f} of a matrix product's {peak:.0f} GFLOP/s"
         print(f"{net.trunk_name} trunk on {device}, {dtype}: {speed:.2f} images/s, {share}")
-    print(f"{net.trunk_name}: most memory so far {memory(device):.2f} GB")
+    if device.type == "cuda":
+        print(f"most memory held: {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
 
 
 @torch.no_grad()

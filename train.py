@@ -292,17 +292,16 @@ def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path or array each, None: all background."""
     found, strange, background = [], 0, False
     for i, mask in enumerate(data.progress(masks, "masks read")):
-        whole = True  # infer.py's labels need not find every tag, true masks do
+        made = False  # infer.py's labels need not find every tag, true masks do
         if mask is None:
             labels = np.zeros((1, 1), np.uint8)
         elif isinstance(mask, np.ndarray):
             labels = mask
         else:
-            labels = data.read_mask(mask, photos.paths[i], photos.classes)
-            whole = not data.read_notes(mask)[0]
+            labels, made = data.read_mask(mask, photos.paths[i], photos.classes)
         present = np.flatnonzero(photos.tags[i])
         alien = np.setdiff1d(labels, [*present, 0, VOID]).size > 0
-        missing = whole and present[0] > 0 and not np.isin(present, labels).any()
+        missing = not made and present[0] > 0 and not np.isin(present, labels).any()
         strange += alien or missing
         background |= present[0] > 0 and not labels.all()
         found.append(at_cells(labels, net.cell_places(s.size), s.size))
