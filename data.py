@@ -201,14 +201,12 @@ def read_truth(path):
     return read_labels(path)
 
 
-def save_labels(path, labels, classes=None, comment=""):
+def save_labels(path, labels, classes=(), comment=""):
     """Write (H, W) class indices as a palette PNG in VOC's 256 colours, with its notes."""
     image, notes = Image.fromarray(np.asarray(labels, np.uint8)), PngInfo()
     image.putpalette(voc_palette().tobytes())
-    if classes:
-        notes.add_text("Classes", ";".join(classes))
-    if comment:
-        notes.add_text("Comment", comment)
+    notes.add_text("Classes", ";".join(classes))
+    notes.add_text("Comment", comment)
     write_atomically(path, lambda file: image.save(file, "png", pnginfo=notes))
 
 
@@ -297,12 +295,10 @@ class Photos:
         return i, torch.from_numpy(np.array(image)).permute(2, 0, 1), labels
 
     def take(self, keep):
-        """The photographs at these indices, in this order."""
+        """The photographs at these indices, in this order; without features."""
         paths = [self.paths[i] for i in keep]
         labels = None if self.labels is None else self.labels[keep]
-        rows = [self.rows[i] for i in keep] if self.rows else ()
-        chosen = {"paths": paths, "tags": self.tags[keep], "labels": labels, "rows": rows}
-        return dataclasses.replace(self, **chosen)
+        return dataclasses.replace(self, paths=paths, tags=self.tags[keep], labels=labels)
 
 
 def collate(items):
@@ -351,11 +347,12 @@ def identity(path):
     return f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def with_features(photos, compute, shape, network, folder, workers=0, mirror=False):
+def with_features(photos, compute, network, folder, workers, mirror):
     """The photos, less the broken ones, with their features; computed where the folder has none.
 
-    compute: images (B, 3, size, size) uint8 -> (B, *shape), shape (D, h, w); network: a string that
-    says all it depends on. A cache is named after all it was made from: a folder holds many."""
+    compute: images (B, 3, size, size) uint8 -> (B, D, h, w); network: a string that says all it
+    depends on. A cache is named after all it was made from: a folder holds many."""
+    shape = compute(torch.zeros(1, 3, photos.size, photos.size)).shape[1:]
     content = [network, photos.size, shape, [identity(path) for path in photos.paths]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     file, note = Path(folder, f"{key}.npy"), Path(folder, f"{key}.json")
@@ -462,24 +459,27 @@ def tagged(paths, tags, classes):
 def read_tags(folder, path):
     """A CSV of file,tag;tag;... -> {file in folder: set of names}, empty for background alone.
 
-    Rows of one file are united. Raises InputError where a file is missing or outside the folder."""
+    Rows of one file are united; photographs without a row are left out. Raises InputError where a
+    file is missing or outside the folder."""
     expected = f"lines such as  photo.jpg,cat;dog  of files inside {folder}"
     rows = read_rows(path, expected, columns=2)
     if rows and rows[0][0].lower() in ("file", "image", "filename"):
         rows = rows[1:]
-    tags, files = {}, {}
     if not rows:
         raise InputError(f"{path}: names no photograph; expected {expected}")
+    tags = {}
     for name, cell in rows:
-        file = Path(folder, name)
-        real = Path(os.path.abspath(file))  # a link inside may point outside
-        if not file.is_file() or not real.is_relative_to(os.path.abspath(folder)):
+        inside = os.path.relpath(Path(folder, name), folder)  # one spelling of each file
+        file = Path(folder, inside)
+        if inside.split(os.sep)[0] == ".." or not file.is_file():
             raise InputError(f"{path}: {file} is no file there; expected {expected}")
         names = {class_name(word, path) for word in cell.split(";")} - {"background"}
-        first = files.setdefault(real, file)  # the same file may be spelt in several ways
-        tags.setdefault(first, set()).update(names)
+        tags.setdefault(file, set()).update(names)
     if len(tags) < len(rows):
         print(f"{path}: {len(rows) - len(tags)} rows name a file again; its tags are united")
+    unlisted = [file for file in image_files(folder) if file not in tags]
+    if unlisted:
+        print(f"{path}: left out: {len(unlisted)} photographs without a line, {unlisted[0]} first")
     return tags
 
 
@@ -517,8 +517,12 @@ def voc_tags(voc, name):
                 raise ValueError("an id twice, or other ids than the classes before it")
             for i, flag in flags.items():
                 present, difficult = tags.setdefault(i, (set(), set()))
-                absent = set()
-                {"1": present, "0": difficult, "-1": absent}[flag].add(k)  # KeyError: no flag
+                if flag == "1":
+                    present.add(k)
+                elif flag == "0":
+                    difficult.add(k)
+                elif flag != "-1":
+                    raise ValueError(f"{i} has {flag}")
     return tags
 
 
@@ -568,18 +572,9 @@ def image_files(folder):
     return files
 
 
-def note_unlisted(folder, path, tags):
-    """Print which photographs of a folder its CSV does not name; tags: see read_tags."""
-    listed = {os.path.abspath(file) for file in tags}
-    unlisted = [file for file in image_files(folder) if os.path.abspath(file) not in listed]
-    if unlisted:
-        print(f"{path}: left out: {len(unlisted)} photographs without a line, {unlisted[0]} first")
-
-
 def folder_photos(folder, tags):
     """Photos of one's own, tagged by a CSV (see read_tags). Classes are in alphabetical order."""
     names = read_tags(folder, tags)
-    note_unlisted(folder, tags, names)
     classes = ["background", *sorted(set().union(*names.values()))]
     spelt = {letters(name): name for name in classes}
     for name in classes:
@@ -664,18 +659,16 @@ def toy_scene(rng, size, kinds, distractors):
 
 
 def toy_drawn(seed, n, size=96):
-    """n training images of one class or, one in five, of none: sets of classes, images, labels."""
+    """n training images of one class or, one in five, of none: sets of classes, images."""
     rng = np.random.default_rng([seed, 0])
     names = []
     for _ in range(n):
         names.append([str(rng.choice(TOY_CLASSES[1:]))] if rng.random() > 0.2 else [])
-    images, masks = [], []
+    images = []
     for kinds in names:
         objects, distractors = int(rng.integers(1, 3)), int(rng.integers(0, 3))
-        image, labels = toy_scene(rng, size, kinds * objects, distractors)
-        images.append(image)
-        masks.append(labels)
-    return [{TOY_CLASSES.index(name) for name in kinds} for kinds in names], images, masks
+        images.append(toy_scene(rng, size, kinds * objects, distractors)[0])
+    return [{TOY_CLASSES.index(name) for name in kinds} for kinds in names], images
 
 
 def toy_scenes(seed, n, size=144):

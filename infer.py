@@ -101,9 +101,8 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
         costs.append(np.sqrt(((smooth[a] - smooth[b]) ** 2).sum(1)))
         starts.append(a)
         ends.append(b)
-    columns = [np.concatenate(part) for part in (costs, starts, ends)]
-    order = np.argsort(columns[0], kind="stable")
-    columns = [column[order] for column in columns]
+    order = np.argsort(np.concatenate(costs), kind="stable")
+    edges = [np.concatenate(part)[order] for part in (costs, starts, ends)]
 
     # By rising cost an edge joins A and B if it is below Int(A) + k/|A| and Int(B) + k/|B|; in a
     # second pass, if A or B is too small.
@@ -111,7 +110,7 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
     size = [1] * (H * W)
     limit = [k] * (H * W)  # Int(C) + k / |C|
     for growing in (True, False):
-        for cost, a, b in zip(*(column.tolist() for column in columns)):
+        for cost, a, b in zip(*(column.tolist() for column in edges)):
             while a != parent[a]:
                 parent[a] = parent[parent[a]]
                 a = parent[a]
@@ -130,13 +129,13 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
                 limit[a] = cost + k / size[a]
 
         # Each pixel's segment. Few edges are left that the second pass could join.
-        for pixel, before in enumerate(parent):  # before <= pixel, so that its root is known
+        for pixel, before in enumerate(parent):  # before <= pixel: it has its root by now
             parent[pixel] = parent[before]
         segment = np.array(parent)
         small = np.array(size)[segment] < min_size
-        a, b = columns[1:]
+        a, b = edges[1:]
         left = (segment[a] != segment[b]) & (small[a] | small[b])
-        columns = [column[left] for column in columns]
+        edges = [column[left] for column in edges]
     labels = np.unique(segment, return_inverse=True)[1]
     return labels.astype(np.int32).reshape(H, W)
 
@@ -279,11 +278,6 @@ def relative(objectness):
     return o / (o + o.mean())
 
 
-def resized(planes, shape, mode="bilinear"):
-    """planes (K, h, w) at another resolution, shape (H, W)."""
-    return F.interpolate(torch.from_numpy(planes)[None], shape, mode=mode)[0].numpy()
-
-
 def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
     """Pixel-adaptive refinement (Araslanov & Roth, CVPR 2020): means of neighbours of like colour.
 
@@ -309,22 +303,19 @@ def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
     return x.numpy()
 
 
-def small_picture(image, cells=64):
-    """image (H, W, 3) uint8 reduced to about so many pixels along its longer side."""
-    block = max(1, round(max(image.shape[:2]) / cells))
-    size = [math.ceil(n / block) for n in image.shape[1::-1]]
-    return np.asarray(Image.fromarray(image).resize(size, Image.BOX))
-
-
 @timed("refinement")
 def refine(p, image, regions):
     """Our own prior, nothing trained: pixel-adaptive refinement, then superpixel means.
 
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) int -> shares (K, H, W), which sum to 1."""
-    guide = small_picture(image)
-    p = p / np.maximum(p.sum(0), 1e-30)
-    refined = pixel_adaptive(resized(p, guide.shape[:2], "area"), guide)
-    planes = resized(refined, image.shape[:2])
+    H, W = image.shape[:2]
+    block = max(1, round(max(H, W) / 64))  # to about 64 pixels along the longer side
+    h, w = math.ceil(H / block), math.ceil(W / block)
+    guide = np.asarray(Image.fromarray(image).resize((w, h), Image.BOX))
+    shares = torch.from_numpy(p / np.maximum(p.sum(0), 1e-30))
+    small = F.interpolate(shares[None], (h, w), mode="area")[0]
+    refined = torch.from_numpy(pixel_adaptive(small, guide))
+    planes = F.interpolate(refined[None], (H, W), mode="bilinear")[0].numpy()
     size = np.bincount(regions.ravel())
     means = [np.bincount(regions.ravel(), plane.ravel()) / size for plane in planes]
     return np.stack(means).astype(np.float32)[:, regions]
@@ -490,14 +481,18 @@ def overlapped(work, predictions, workers=0):
     else:
         pool = ThreadPoolExecutor(1)
         sys.setswitchinterval(2e-4)  # the network's thread waits so long for that of the priors
-    with pool:
-        jobs = collections.deque()
-        for prediction in predictions:
-            jobs.append(pool.submit(in_pool, work, prediction))
-            if len(jobs) > workers + 2:
+    jobs = collections.deque()
+    try:
+        with pool:
+            for prediction in predictions:
+                jobs.append(pool.submit(in_pool, work, prediction))
+                if len(jobs) > workers + 2:
+                    yield collect(jobs.popleft())
+            while jobs:
                 yield collect(jobs.popleft())
-        while jobs:
-            yield collect(jobs.popleft())
+    except BrokenProcessPool as e:
+        why = "a process for the priors has died, for want of memory"
+        raise InputError(f"--workers: {why}; give fewer, or none") from e
 
 
 def in_pool(work, prediction):
@@ -508,18 +503,15 @@ def in_pool(work, prediction):
 
 
 def collect(job):
-    try:
-        result, spent = job.result()
-    except BrokenProcessPool as e:
-        why = "a process for the priors has died, for want of memory"
-        raise InputError(f"--workers: {why}; give fewer, or none") from e
+    """The result of a job that in_pool does; counts the seconds spent."""
+    result, spent = job.result()
     SECONDS.update(spent)  # a Counter: adds
     return result
 
 
 def numbers(text):
     """A flag's 512,256 -> (512, 256); raises ArgumentTypeError where one is no positive number."""
-    words = text.split(",") if text else []
+    words = text.split(",")
     if not all(word.isdecimal() and 0 < int(word) < 100_000 for word in words):
         raise argparse.ArgumentTypeError(f"'{text}'; expected numbers such as 288,432")
     return tuple(int(word) for word in words)
@@ -529,12 +521,8 @@ def add_options(parser):
     """What infer.py and `eval_voc.py ladder` both take."""
     add = parser.add_argument_group("network and priors").add_argument
     add("--weights", default="", metavar="FILE", help="the trunk's [the checkpoint's, or fetched]")
-    add(
-        "--ilp-form",
-        choices=["objects", "all"],
-        default="objects",
-        help="what Eq. 7 multiplies: objects, or background too [objects]",
-    )
+    forms = {"choices": ["objects", "all"], "default": "objects"}
+    add("--ilp-form", help="what Eq. 7 multiplies: objects, or background too [objects]", **forms)
     add("--boxes", metavar="DIR", help="<image>.txt, lines x0 y0 x1 y1 score, for bb [our own]")
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own]")
     add("--dense", type=int, metavar="F", help="score grid F times finer [the checkpoint's]")
@@ -549,8 +537,8 @@ def open_net(path, args, priors):
         raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
     with data.reading(path, "a checkpoint of train.py, ckpt.pt or head.pt"):
         net, ckpt = model.load_net(path, args.weights, args.device, args.dense, args.sides)
-    if {"bb", "seg"}.intersection(priors) and not ckpt["thresholds"]:
-        raise InputError(f"{path}: no thresholds yet for bb, seg; let its training end: --resume")
+        if {"bb", "seg"}.intersection(priors) and not ckpt["thresholds"]:
+            raise ValueError("no thresholds yet for bb, seg; let its training end: --resume")
     return net, ckpt["thresholds"]
 
 
@@ -594,7 +582,6 @@ def known_tags(args, classes):
     if unknown:
         known = f"its classes are {', '.join(classes)}"
         raise InputError(f"{args.known_tags}: {min(unknown)} is unknown to the checkpoint; {known}")
-    data.note_unlisted(args.images[0], args.known_tags, tags)
     return {file: np.array(sorted([0, *map(classes.index, names)])) for file, names in tags.items()}
 
 

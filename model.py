@@ -319,8 +319,9 @@ class Net(nn.Module):
         return features[:, :, first : first + h, first : first + w]
 
     def pixel_scores(self, scores, features):
-        """Scores of the labels: the background's, less the foreground that was learned without labels
-        (train.learn_foreground). scores (B, K, h, w), features beneath them (B, D, h, w)."""
+        """Scores of the labels: the background's, less the foreground (train.learn_foreground).
+
+        scores (B, K, h, w), features beneath them (B, D, h, w)."""
         foreground = self.foreground(of_mean_one(features)).float()
         return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
 
@@ -471,17 +472,7 @@ def fingerprint(net):
 
 
 # ---------------------------------------------------------------- checkpoints
-FORMAT = 2
-CONTENTS = {
-    "format": int,
-    "step": int,  # optimiser steps done
-    "settings": dict,  # train.Settings
-    "classes": list,  # names, background first
-    "trunk": str,  # fingerprint of the frozen trunk on which the rest was trained
-    "model": dict,  # weights by name; a frozen public trunk is left out
-    "optimizer": dict,
-    "thresholds": dict,  # delta_k, {"bb": K floats, "seg": K floats}; {} before training has ended
-}
+FORMAT = 2  # of a checkpoint; one of another edition is refused
 
 
 def public_names(net):
@@ -490,28 +481,25 @@ def public_names(net):
 
 
 def checkpoint(net, settings, step, optimizer):
-    """What train.py saves, a dict of CONTENTS: plain values, so that weights_only=True reads it."""
+    """What train.py saves: plain values, so that weights_only=True reads it."""
     left_out = public_names(net)
     return {
         "format": FORMAT,
-        "step": step,
-        "settings": settings,
-        "classes": net.classes,
-        "trunk": fingerprint(net),
+        "step": step,  # optimiser steps done
+        "settings": settings,  # train.plain_settings
+        "classes": net.classes,  # names, background first
+        "trunk": fingerprint(net),  # of the frozen trunk on which the rest was trained
         "model": {k: v.cpu() for k, v in net.state_dict().items() if not k.startswith(left_out)},
         "optimizer": optimizer.state_dict(),
-        "thresholds": {},
+        "thresholds": {},  # delta_k, {"bb": K floats, "seg": K floats}, when training has ended
     }
 
 
 def read_checkpoint(path):
-    """A checkpoint as a dict of CONTENTS; executes nothing. Raises ValueError or torch's errors."""
+    """The dict that `checkpoint` makes; executes nothing. Raises ValueError or torch's errors."""
     ckpt = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise ValueError("of another program, or of another edition of this one")
-    wrong = [key for key, kind in CONTENTS.items() if not isinstance(ckpt.get(key), kind)]
-    if wrong:
-        raise ValueError(f"damaged: {', '.join(wrong)}")
     return ckpt
 
 

@@ -61,7 +61,7 @@ class Settings:
     set: str = "train"  # NAME: the VOC set to train on
     background: str = ""  # DIR: voc: ImageNet folder whose non-VOC photographs become background
     synsets: str = ""  # FILE: CSV of wnid,class in place of assets/synsets.csv
-    masks: str = ""  # DIR: label PNGs to learn per pixel, true or infer.py's (toy: drawn)
+    masks: str = ""  # DIR: label PNGs to learn per pixel, true or infer.py's
     cache: str = ""  # DIR: the frozen trunk's features, computed once [OUT/cache; no: none]
     limit: int = 0  # N: use this many images at most, spread over the set [all]
     size: int = 0  # N: side of a training image, pixels [vgg16 320, overfeat 400, tiny 96]
@@ -289,29 +289,30 @@ def at_cells(labels, places, size):
 
 
 def mask_labels(net, photos, masks, s):
-    """(N, h, w) uint8 under the cells, from masks: a path or array each, None: all background."""
+    """(N, h, w) uint8 under the cells, from masks: a path each, None: all background."""
     found, strange, background = [], 0, False
     for i, mask in enumerate(data.progress(masks, "masks read")):
         made = False  # infer.py's labels need not find every tag, true masks do
         if mask is None:
             labels = np.zeros((1, 1), np.uint8)
-        elif isinstance(mask, np.ndarray):
-            labels = mask
         else:
             labels, made = data.read_mask(mask, photos.paths[i], photos.classes)
-        present = np.flatnonzero(photos.tags[i])
-        alien = np.setdiff1d(labels, [*present, 0, VOID]).size > 0
-        missing = not made and present[0] > 0 and not np.isin(present, labels).any()
+        tags = np.flatnonzero(photos.tags[i])
+        has_object = tags[0] > 0
+        alien = np.setdiff1d(labels, [*tags, 0, VOID]).size > 0
+        missing = has_object and not made and not np.isin(tags, labels).any()
         strange += alien or missing
-        background |= present[0] > 0 and not labels.all()
+        background |= has_object and not labels.all()
         found.append(at_cells(labels, net.cell_places(s.size), s.size))
-    objects = int((photos.tags[:, 0] == 0).sum())
+
     counts = f"{strange} of {len(masks)} masks hold other classes than their tags"
-    many = strange and strange >= objects / 2
-    if not many and not background:
-        counts = "no mask of an object has a pixel of background, 0"
-    if many or not background:
-        raise InputError(f"--masks {s.masks}: {counts}; expected class indices, 255 only as void")
+    wrong = ""
+    if strange and strange >= int((photos.tags[:, 0] == 0).sum()) / 2:
+        wrong = counts
+    elif not background:
+        wrong = "no mask of an object has a pixel of background, 0"
+    if wrong:
+        raise InputError(f"--masks {s.masks}: {wrong}; expected class indices, 255 only as void")
     if strange and RANK == 0:
         print(f"--masks {s.masks}: {counts}")
     return np.stack(found)
@@ -319,16 +320,17 @@ def mask_labels(net, photos, masks, s):
 
 # ---------------------------------------------------------------- labels of the net's own making
 @torch.no_grad()
-def look(net, photos, i, device):
+def look(net, photos, i):
     """What the net gives for photo i: scores (1, K, h, w), the maps beneath them (1, D, h, w)."""
-    features = torch.tensor(photos.features[photos.rows[i]], device=device)[None].float()
-    with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
+    _, features, _ = photos[i, 0.0]  # cached, not mirrored
+    features = features[None].to(net.mean.device).float()
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=net.amp):
         maps = net.tuned(features)
         scores = net.scores(maps)
     return scores.float(), net.beneath(maps).float()
 
 
-def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
+def learn_foreground(net, photos, s, steps=250, batch=32, most=1600):
     """C2AM (Xie et al., CVPR 2022): fills net.foreground, a linear map of a cell's D maps to 1.
 
     photos: with cached features; at most so many are used, and held in half precision. No label
@@ -338,20 +340,21 @@ def learn_foreground(net, photos, s, device, steps=250, batch=32, most=1600):
     net.eval()
     some, vectors, objects = data.spread(len(photos), most), [], []
     for i in data.progress(some, "training images looked at"):
-        scores, maps = look(net, photos, i, device)
+        scores, maps = look(net, photos, i)
         shares = scores[0, data.with_background(photos.tags[i])].softmax(0)  # (C, h, w)
         objects.append(1 - shares[0].flatten())
         vectors.append(model.of_mean_one(maps)[0].flatten(1).T.half())  # (h * w, D)
     vectors, objects = torch.stack(vectors), torch.stack(objects)
 
     torch.manual_seed(s.seed)
-    layers = nn.Sequential(nn.Linear(vectors.shape[2], 1, bias=False), nn.BatchNorm1d(1)).to(device)
+    layers = nn.Sequential(nn.Linear(vectors.shape[2], 1, bias=False), nn.BatchNorm1d(1))
+    layers = layers.to(vectors.device)
     nn.init.constant_(layers[1].weight, 2)
     optimizer = torch.optim.AdamW(layers.parameters(), 1e-2, weight_decay=1e-4)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         chosen = torch.randperm(len(some))[:batch]
-        cells = vectors[chosen.to(device)].float()  # (B, h * w, D)
+        cells = vectors[chosen.to(vectors.device)].float()  # (B, h * w, D)
         share = layers(cells.flatten(0, 1)).sigmoid().view(len(chosen), 1, -1)  # (B, 1, h * w)
         front = F.normalize((share @ cells)[:, 0], dim=1)  # (B, D)
         back = F.normalize(((1 - share) @ cells)[:, 0], dim=1)
@@ -386,14 +389,14 @@ def alike(vectors, alpha=0.25):
     return -(torch.exp(-alpha * rank) * torch.log(similarity)).mean()
 
 
-def own_labels(net, photos, s, device):
+def own_labels(net, photos, s):
     """Self-training: (N, h, w) uint8 under the cells, made by net from each photo and its tags."""
     net.eval()
 
     def scored():
         for i in data.progress(range(len(photos)), "training images labelled"):
             tagged = data.with_background(photos.tags[i])
-            scores = net.tagged_scores(*look(net, photos, i, device), tagged)
+            scores = net.tagged_scores(*look(net, photos, i), tagged)
             yield photos.paths[i], tagged, scores.cpu()
 
     stride, _, centre = model.geometry(net.rows)
@@ -491,10 +494,8 @@ def problem(preset, s, given):
         return f"--batch: it cannot be shared by {WORLD} processes"
     if not s.r:
         return "--r: expected more than 0"
-    if not s.kernel:
-        return "--kernel: expected a number or more"
-    if toy and s.masks not in ("", "drawn"):
-        return "--masks: the toy's are 'drawn'"
+    if toy and s.masks:
+        return "--masks: the toy has none"
     if s.self_steps and (toy or not s.cache or s.masks):
         return "--self-steps: needs photographs (not toy), a --cache, and no --masks"
     if s.masks and (paper or s.jitter and not s.cache):
@@ -613,9 +614,9 @@ def first_process_first():
 
 # ---------------------------------------------------------------- from photographs to a checkpoint
 def load_photos(preset, s):
-    """(the preset's tagged photographs, and with --masks a path, array or None for each)."""
+    """(the preset's tagged photographs, and with --masks a path or None for each)."""
     if preset == "toy":
-        tags, images, drawn = data.toy_drawn(s.seed, s.toy_images)
+        tags, images = data.toy_drawn(s.seed, s.toy_images)
         photos = data.tagged(images, tags, data.TOY_CLASSES)
     elif preset == "voc":
         photos = data.voc_photos(s.voc, s.set)
@@ -633,8 +634,6 @@ def load_photos(preset, s):
     if s.limit:
         photos = photos.take(data.spread(len(photos), s.limit))
     photos.size, photos.crop = s.size, preset == "paper"
-    if s.masks == "drawn" and preset == "toy":
-        return photos, drawn
     if s.masks:
         indices, masks = data.find_masks(photos, s.masks)
         return photos.take(indices), masks
@@ -675,28 +674,27 @@ def prepare_net(s, classes, device):
     return net.to(device).to(memory_format=torch.channels_last)
 
 
-def cached(net, photos, s, device):
+def cached(net, photos, s):
     """The photos with their frozen features, computed where the cache does not hold them."""
 
     def compute(images):
-        with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            return torch.cat([net.frozen(part) for part in images.to(device).split(4)])
+        images = images.to(net.mean.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=net.amp):
+            return torch.cat([net.frozen(part) for part in images.split(4)])
 
-    shape = tuple(net.frozen(torch.zeros(1, 3, s.size, s.size, device=device)).shape[1:])
     network = f"{s.trunk} {model.fingerprint(net)} {len(net.frozen_rows)} rows, bfloat16 {net.amp}"
-    options = {"folder": s.cache, "workers": s.workers, "mirror": s.jitter}
     with first_process_first():
-        return data.with_features(photos, compute, shape, network, **options)
+        return data.with_features(photos, compute, network, s.cache, s.workers, s.jitter)
 
 
-def round_labels(net, photos, s, device, file, made):
+def round_labels(net, photos, s, file, made):
     """Labels (N, h, w) to learn in a round of self-training: file holds them, or will if not made.
 
     Before they are made the foreground is learned, of the features as they are then."""
     with first_process_first():
         if RANK == 0 and not made:
-            learn_foreground(net, photos, s, device)
-            labels = own_labels(net, photos, s, device)
+            learn_foreground(net, photos, s)
+            labels = own_labels(net, photos, s)
             data.write_atomically(file, functools.partial(np.save, arr=labels))
         with data.reading(file, "labels of this run's photographs; train again"):
             labels = np.load(file)
@@ -717,11 +715,11 @@ def readable(photos, indices):
 
 def finish(net, photos, s, record, scenes):
     """What follows training: foreground, thresholds, head.pt, pictures; for the toy the ladder."""
-    out, device = Path(s.out), net.mean.device
+    out = Path(s.out)
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
     if s.cache and (s.self_steps or s.masks):  # of the features as they are now
-        learn_foreground(net, photos, s, device)
+        learn_foreground(net, photos, s)
         ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
         ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
     some = data.progress(data.spread(len(photos), s.threshold_images), "thresholds")
@@ -767,7 +765,7 @@ def main():
         lock = data.claim(out)
         describe(preset, s, given, net, photos)
     if s.cache:
-        photos = cached(net, photos, s, device)
+        photos = cached(net, photos, s)
     if RANK == 0:
         if not s.resume:
             move_aside(out)
@@ -784,7 +782,7 @@ def main():
             continue  # before this --resume
         if turn:
             made = stage.first > begin
-            photos.labels = round_labels(net, photos, s, device, out / f"self{turn}.npy", made)
+            photos.labels = round_labels(net, photos, s, out / f"self{turn}.npy", made)
         optimizer = make_optimizer(net, s, device)
         if stage.first > begin:
             optimizer.load_state_dict(saved["optimizer"])
