@@ -192,9 +192,11 @@ def hierarchy(image, regions, least=0.002):
 def boxes_of(segments, regions):
     """Tight boxes (N, 4) x0 y0 x1 y1 (x1, y1 outside) of segments (N, S) bool over regions."""
     slices = ndimage.find_objects(regions + 1)  # of each region: rows, columns
-    ends = np.array([(x.start, y.start, -x.stop, -y.stop) for y, x in slices])  # (S, 4)
-    boxes = np.where(segments[:, :, None], ends, regions.size).min(1)
-    return boxes * [1, 1, -1, -1]
+    first = np.array([(x.start, y.start) for y, x in slices])  # (S, 2)
+    stop = np.array([(x.stop, y.stop) for y, x in slices])
+    low = np.where(segments[:, :, None], first, regions.size).min(1)  # (N, 2)
+    high = np.where(segments[:, :, None], stop, 0).max(1)
+    return np.concatenate([low, high], 1)
 
 
 def box_cover(boxes, scores, shape):

@@ -554,10 +554,10 @@ def has_bfloat16(device):
     """Whether a torch.device computes in bfloat16 itself; emulated it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # older than torch 2.11: {}
-    able = ask()
-    has = able.get("avx512_bf16") or able.get("amx_bf16")
-    return device.type == "cpu" and bool(has)  # MPS: nobody has tried
+    if device.type != "cpu":
+        return False  # MPS: nobody has tried
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older than torch 2.11: {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def rate(function, tensor):
@@ -571,6 +571,7 @@ def rate(function, tensor):
 
 def bench(net, device, gflops, batch=4):
     """Print images/s of the trunk in fp32 and bf16, beside a matrix product's rate in that mode."""
+    # The product may use TF32 on a GPU where the convolutions do.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     images = torch.zeros(batch, 3, net.spec.size, net.spec.size, device=device)
     for dtype in (torch.float32, torch.bfloat16):
