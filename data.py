@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -78,8 +79,13 @@ def run_cli(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, OSError, argparse.ArgumentTypeError) as e:
-        print(f"{Path(sys.argv[0]).name}: {one_line(e)}", file=sys.stderr)
-        sys.exit(2)
+        message = one_line(e)
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate", str(e)):
+            raise
+        message = "memory is used up; give a smaller --batch, --size or --sides, fewer --workers"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def one_line(e):
@@ -211,12 +217,14 @@ def save_labels(path, labels, classes=(), comment=""):
 
 
 def to_8_bits(values):
-    """(H, W) of a 16-bit or float image -> float 0..255; the full scale is read off the largest."""
-    largest = values.max()
-    if not 0 <= values.min() <= largest < 2**16:
+    """(H, W) of a 16-bit or float image -> float 0..255; its full scale is read off the largest.
+
+    But for a few: a hot pixel, a highlight."""
+    if not 0 <= values.min() <= values.max() < 2**16:
         raise ValueError("values below 0, above 16 bits, or NaN")
+    largest = np.percentile(values, 99.5)
     full = min(2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
-    if values.dtype.kind == "f" and largest < 2:  # 0..1, and what overshoots
+    if values.dtype.kind == "f" and largest < 2:  # 0..1, and what overshoots it
         full = 1
     return (values.astype(np.float64) * 255 / full).clip(0, 255)
 
@@ -467,14 +475,17 @@ def read_tags(folder, path):
         rows = rows[1:]
     if not rows:
         raise InputError(f"{path}: names no photograph; expected {expected}")
-    tags = {}
+    tags, files = {}, {}
     for name, cell in rows:
         inside = os.path.relpath(Path(folder, name), folder)  # one spelling of each file
         file = Path(folder, inside)
         if inside.split(os.sep)[0] == ".." or not file.is_file():
             raise InputError(f"{path}: {file} is no file there; expected {expected}")
+        if len(cell.splitlines()) > 1:
+            raise InputError(f"{path}: a line break among the tags of {name}; expected {expected}")
         names = {class_name(word, path) for word in cell.split(";")} - {"background"}
-        tags.setdefault(file, set()).update(names)
+        first = files.setdefault(os.path.realpath(file), file)  # a link is the same photograph
+        tags.setdefault(first, set()).update(names)
     if len(tags) < len(rows):
         print(f"{path}: {len(rows) - len(tags)} rows name a file again; its tags are united")
     unlisted = [file for file in image_files(folder) if file not in tags]
@@ -541,11 +552,17 @@ def xml_tags(path):
     return present
 
 
-def voc_photos(voc, name):
-    """Photos of a set with its tags, difficult objects too: of ImageSets/Main, else Annotations."""
+def voc_photos(voc, name, with_masked=False):
+    """Photos of a set with its tags, difficult objects too: of ImageSets/Main, else Annotations.
+
+    with_masked: those of ImageSets/Segmentation, too, which Main need not list."""
     listed = voc_tags(voc, name)
     paths, tags = [], []
-    for i in voc_ids(voc, name, ("Main", "Segmentation")):
+    ids = voc_ids(voc, name, ("Main", "Segmentation"))
+    if with_masked:
+        masked = voc_ids(voc, name, ("Segmentation", "Main"))
+        ids += sorted(set(masked) - set(ids))
+    for i in ids:
         xml = Path(voc, "Annotations", f"{i}.xml")
         tags.append(set.union(*listed[i]) if i in listed else xml_tags(xml))
         paths.append(Path(voc, "JPEGImages", f"{i}.jpg"))
@@ -579,8 +596,11 @@ def folder_photos(folder, tags):
     spelt = {letters(name): name for name in classes}
     for name in classes:
         other = spelt[letters(name)]
+        words = re.split("[ _-]", name)
         if other != name:
             raise InputError(f"{tags}: classes '{other}' and '{name}'; spell one class alike")
+        if len(words) > 1 and set(words) <= set(classes):
+            raise InputError(f"{tags}: class '{name}' beside its words; put ';' between tags")
     if not 2 <= len(classes) <= VOID:
         raise InputError(f"{tags}: {len(classes) - 1} classes; expected 1 to {VOID - 1}")
     indices = [{classes.index(name) for name in present} for present in names.values()]

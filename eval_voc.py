@@ -96,7 +96,7 @@ def ladder(net, samples, options, priors=None, workers=0):
     dict and {name: q (K,)}."""
     matrices, scores = {}, {}
     rungs = functools.partial(rung_counts, options, priors or list(infer.PRIORS))
-    predicted = ((*sample, *infer.predict(net, sample[1])) for sample in samples)
+    predicted = ((*sample, *infer.predict(net, data.shrink(sample[1]))) for sample in samples)
     for name, q, counts in infer.overlapped(rungs, predicted, workers):
         scores[name] = q
         for row, matrix in counts.items():
@@ -108,6 +108,8 @@ def ladder(net, samples, options, priors=None, workers=0):
 def rung_counts(options, priors, predicted):
     """(name, q (K,), {rung: confusion (K, K)}) of one image; options and priors as for ladder."""
     name, image, truth, p, q = predicted
+    shape = image.shape[:2]
+    image = data.shrink(image)  # as infer.py does
     scene = infer.Scene(image, options["thresholds"], options["boxes"], options["mcg"], name)
     weighed = infer.ilp(p, q, options["ilp_form"])
     labels = {"base": p.argmax(0)}
@@ -115,7 +117,11 @@ def rung_counts(options, priors, predicted):
         labels["ilp" if prior == "none" else f"ilp+{prior}"] = infer.PRIORS[prior](weighed, scene)
     expected = "a mask of the photograph's size, of the checkpoint's classes"
     with data.reading(f"{name}.png", expected):
-        return name, q, {row: confusion(truth, x, len(p)) for row, x in labels.items()}
+        counts = {}
+        for row, found in labels.items():
+            whole = infer.enlarged(found.astype(np.uint8), shape)
+            counts[row] = confusion(truth, whole, len(p))
+    return name, q, counts
 
 
 def print_ladder(report):
@@ -133,7 +139,8 @@ def print_ladder(report):
     if any(r["mean_iou"] is None for r in rows.values()):
         print("(means are over the classes that a column or its masks hold: do not compare them)")
     if "mean_average_precision" in report:
-        print(f"tags: mean average precision {report['mean_average_precision']:.1f}")
+        what = f"of the {report['images_with_tags']} images whose tags are listed"
+        print(f"tags: mean average precision {report['mean_average_precision']:.1f}, {what}")
 
 
 def draw_ladder(path, report):
@@ -241,7 +248,9 @@ def run_ladder(args):
     start = time.perf_counter()
     options = {**vars(args), "thresholds": thresholds}
     report, scores = ladder(net, samples, options, args.priors, args.workers)
-    if net.classes == data.VOC_CLASSES and scores.keys() <= tags.keys():
+    images = len(scores)
+    scores = {i: q for i, q in scores.items() if i in tags}
+    if net.classes == data.VOC_CLASSES and scores:
         values = report["average_precision"] = {}
         for k, label in enumerate(net.classes[1:], 1):
             known = [i for i in scores if k not in tags[i][1]]
@@ -250,8 +259,9 @@ def run_ladder(args):
         defined = [v for v in values.values() if v is not None]
         if defined:
             report["mean_average_precision"] = float(np.mean(defined))
+            report["images_with_tags"] = len(scores)
     print_ladder(report)
-    print(f"{len(scores)} images, {len(scores) / (time.perf_counter() - start):.2f} images/s")
+    print(f"{images} images, {images / (time.perf_counter() - start):.2f} images/s")
     if args.json:
         data.write_json(args.json, report)
         draw_ladder(Path(args.json).with_suffix(".png"), report)

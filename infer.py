@@ -33,6 +33,7 @@ import model
 from data import VOID, InputError
 
 SECONDS = collections.Counter()  # spent on each part of labelling
+OUTPUTS = (".png", "_overlay.png", ".npz")  # endings of what is written for a photograph
 
 
 @contextlib.contextmanager
@@ -154,6 +155,11 @@ def scaled(scores):
     return (scores - scores.min()) / max(np.ptp(scores), 1e-12)
 
 
+def above_none(scores):
+    """A file's scores (N,) brought to 0.5..1: the lowest is still more than no proposal, 0."""
+    return 0.5 + scaled(scores) / 2
+
+
 def hierarchy(image, regions, least=0.002):
     """Candidate segments, nothing trained: nodes of a merge tree over superpixels.
 
@@ -218,7 +224,7 @@ def segment_cover(segments, scores, regions):
 
 
 def read_boxes(path, shape):
-    """Lines x0 y0 x1 y1 score, of BING or any detector -> boxes (N, 4), scores (N,) in 0..1.
+    """Lines x0 y0 x1 y1 score, of BING or any detector -> boxes (N, 4), scores (N,) in 0.5..1.
 
     shape: (H, W) of the picture, which holds them."""
     expected = "a line x0 y0 x1 y1 score for every box, in pixels of a photograph up to 1,000 px"
@@ -230,11 +236,11 @@ def read_boxes(path, shape):
         inside = boxes.min() >= -1 and (boxes[:, 2:] <= np.array(shape[::-1]) + 1).all()
         if not inside or (boxes[:, 2:] - boxes[:, :2] < 1).any():
             raise ValueError(f"not all boxes are a pixel or more of {shape[1]}x{shape[0]}")
-    return boxes, scaled(values[:, 4])
+    return boxes, above_none(values[:, 4])
 
 
 def read_mcg(path, shape):
-    """MCG's .mat -> regions of this shape (H, W), segments (N, S) bool, scores (N,) in 0..1."""
+    """MCG's .mat -> regions of this shape (H, W), segments (N, S) bool, scores (N,) in 0.5..1."""
     import scipy.io
 
     with data.reading(path, "MCG's superpixels, labels, scores for a photograph up to 1,000 px"):
@@ -249,7 +255,7 @@ def read_mcg(path, shape):
         segments = np.zeros((len(parts), regions.max() + 1), bool)
         for row, part in zip(segments, parts):
             row[part] = True
-    return regions, segments, scaled(scores)
+    return regions, segments, above_none(scores)
 
 
 # ---------------------------------------------------------------- smoothing priors (section 4)
@@ -383,13 +389,15 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them. A class seen in n images weighs its own IoU n against `shrink` times the mean
+    makes from them; {} if none has an object. A class seen in n images weighs its own IoU n against `shrink` times the mean
     of all classes. Thresholds are multiples of 1 / steps."""
     K, names = len(net.classes), ("bb", "seg")
     hits = {name: np.zeros((steps, K)) for name in names}  # right pixels above each threshold
     drawn = {name: np.zeros((steps, K)) for name in names}  # all pixels above it
     area, images = np.zeros(K), np.zeros(K)  # pixels of each class, and images with it
+    objects = False  # whether any image has one
     for image, tags in samples:
+        objects |= bool(tags[1:].any())
         scene, (p, q) = Scene(image), predict(net, image)
         tagged = data.with_background(tags)
         known = predict(net, image, tagged)[0]
@@ -403,6 +411,8 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
                 drawn[name][step] += np.bincount(k[above], minlength=K)
                 hits[name][step] += np.bincount(k[above & (k == labels)], minlength=K)
 
+    if not objects:
+        return {}  # nothing to fit them on
     deltas = {}
     for name in names:
         iou = hits[name] / np.maximum(drawn[name] + area - hits[name], 1)  # (steps, K)
@@ -540,7 +550,8 @@ def open_net(path, args, priors):
     with data.reading(path, "a checkpoint of train.py, ckpt.pt or head.pt"):
         net, ckpt = model.load_net(path, args.weights, args.device, args.dense, args.sides)
         if {"bb", "seg"}.intersection(priors) and not ckpt["thresholds"]:
-            raise ValueError("no thresholds yet for bb, seg; let its training end: --resume")
+            why = "let its training end, --resume, or give it more --threshold-images"
+            raise ValueError(f"no thresholds for bb, seg; {why}")
     return net, ckpt["thresholds"]
 
 
@@ -562,11 +573,18 @@ def files_to_label(args, tags):
                 both = f"would be written for {file} and {taken[path]}"
                 raise InputError(f"{path}: {both}; label folders apart, or give another --out")
             taken[path] = file
-        labels = Path(args.out, f"{file.stem}.png")
+        labels, *beside = [Path(args.out, file.stem + end) for end in OUTPUTS]
+        others = [] if labels.exists() else [path for path in beside if path.exists()]
         if labels.exists() and not data.read_notes(labels)[0]:
-            raise InputError(f"{labels}: not written by infer.py; give another --out")
-    if args.panel and Path(args.panel).resolve() in taken:
-        raise InputError(f"--panel {args.panel}: a photograph or its labels; give another name")
+            others.append(labels)
+        if others:
+            raise InputError(f"{others[0]}: not written by infer.py; give another --out")
+        for folder, end in ((args.boxes, ".txt"), (args.mcg, ".mat")):
+            proposals = Path(folder or "", file.stem + end)
+            if folder and not proposals.is_file():
+                raise InputError(f"{proposals}: no such file; expected one for each photograph")
+    if args.panel and (Path(args.panel).resolve() in taken or Path(args.panel).suffix != ".png"):
+        raise InputError(f"--panel {args.panel}: expected a .png beside photographs and labels")
     return files
 
 
@@ -575,7 +593,7 @@ def known_tags(args, classes):
     if args.voc and (classes != data.VOC_CLASSES or args.known_tags != "the set's"):
         raise InputError("--known-tags with --voc: no CSV, and a checkpoint of VOC's classes")
     if args.voc:
-        photos = data.voc_photos(args.voc, args.set)
+        photos = data.voc_photos(args.voc, args.set, with_masked=True)
         return dict(zip(photos.paths, map(data.with_background, photos.tags)))
     if len(args.images) != 1 or args.known_tags == "the set's":
         raise InputError("--known-tags: give one folder of photographs, and the CSV of their tags")
@@ -585,6 +603,11 @@ def known_tags(args, classes):
         known = f"its classes are {', '.join(classes)}"
         raise InputError(f"{args.known_tags}: {min(unknown)} is unknown to the checkpoint; {known}")
     return {file: np.array(sorted([0, *map(classes.index, names)])) for file, names in tags.items()}
+
+
+def enlarged(labels, shape):
+    """labels (h, w) uint8 at a photograph's own resolution, shape (H, W)."""
+    return np.asarray(Image.fromarray(labels).resize(shape[::-1], Image.NEAREST))
 
 
 def write_labels(args, classes, thresholds, predicted):
@@ -602,7 +625,7 @@ def write_labels(args, classes, thresholds, predicted):
         labels = labels_from_tags(p, tagged, scene.image, scene.regions, args.sure)
         comment = "training label: made with known tags"
     with timed("writing"):
-        labels = np.asarray(Image.fromarray(labels).resize(photo.shape[1::-1], Image.NEAREST))
+        labels = enlarged(labels, photo.shape[:2])
         data.save_labels(f"{out}.png", labels, classes, comment)
         if not args.voc:
             picture = Image.fromarray(overlay(photo, labels))
@@ -656,7 +679,7 @@ def main():
     lock = data.claim(args.out)
     for file in files:  # what an earlier labelling wrote, all of it
         if Path(args.out, f"{file.stem}.png").exists():
-            for end in (".png", "_overlay.png", ".npz"):
+            for end in OUTPUTS:
                 Path(args.out, file.stem + end).unlink(missing_ok=True)
     broken, start = {}, time.perf_counter()
 

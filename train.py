@@ -39,8 +39,8 @@ import model
 from data import VOID, InputError
 from model import AGGREGATIONS, LOSSES, TRUNKS, pixel_loss
 
-RANK = int(os.environ.get("RANK", "0"))  # this process, of WORLD: set by torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # processes, set by torchrun
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one
 
 
 # ---------------------------------------------------------------- settings
@@ -70,7 +70,7 @@ class Settings:
 
     # network
     trunk: str = "vgg16"  # NAME: feature extractor (paper: overfeat)
-    train_convs: int = 0  # K: last trunk convolutions to train too (paper: 0; -1: all)
+    train_convs: int = 0  # K: last trunk convolutions to learn labels too (paper: 0; -1: all)
     head: tuple = ()  # N,N: hidden widths (paper: 1024,768,512) [the trunk's own]
     kernel: tuple = (3,)  # N,N: kernel sides of the head, the last for the rest (paper: 3)
     aggregation: str = "lse"  # NAME: score map -> image scores, Eq. 4 to 6
@@ -83,7 +83,7 @@ class Settings:
     # optimiser
     optimizer: str = "sgd"  # NAME: adam is AdamW (paper: sgd)
     lr: float = 1e-3  # X: learning rate (paper: 0.001)
-    trunk_lr: float = 0.0  # X: of the trunk's trained convolutions [LR]
+    trunk_lr: float = 0.0  # X: of the trunk's convolutions [3e-5 where pretrained, else LR]
     schedule: str = "steps"  # NAME: steps: x0.8 every 5 million samples (paper), or cosine
     momentum: float = 0.9  # P: SGD's, and Adam's first (paper: 0.9)
     weight_decay: float = 5e-5  # X: (paper: 0.00005)
@@ -110,7 +110,8 @@ class Settings:
 
 # fmt: off
 PHOTOGRAPHS = {"head": (256,), "kernel": (3, 1), "optimizer": "adam", "schedule": "cosine",
-               "weight_decay": 1e-4, "dropout": 0.1, "amp": True}
+               "weight_decay": 1e-4, "dropout": 0.1, "train_convs": 3, "trunk_lr": 3e-5,
+               "amp": True}
 PRESETS = {
     "toy": {"trunk": "tiny", "train_convs": -1, "optimizer": "adam", "lr": 2e-3,
             "schedule": "cosine", "weight_decay": 1e-4, "batch": 8, "steps": 2200, "dropout": 0.0,
@@ -226,7 +227,7 @@ def schedule(s, step, stage):
 def make_optimizer(net, s, device):
     """SGD (section 4.1) or AdamW, with a peak learning rate for the trunk and one for the head."""
     groups = []
-    for layers, peak in ((net.trunk, s.trunk_lr or s.lr), (net.head, s.lr)):
+    for layers, peak in ((net.trunk, s.trunk_lr), (net.head, s.lr)):
         params = [p for p in layers.parameters() if p.requires_grad]
         if params:
             groups.append({"params": params, "peak": peak})
@@ -268,7 +269,7 @@ def make_batches(photos, s, device, stage):
             images = torch.zeros(0, 3, s.size, s.size)
             labels = None if photos.labels is None else torch.from_numpy(photos.labels[:0])
         images = images.to(device, non_blocking=True)
-        if s.jitter and not s.cache:
+        if s.jitter and not s.cache and indices:
             generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
             random = torch.rand(7, s.batch, generator=generator)[:, RANK::WORLD]
             images = data.augment(images, random[:, : len(images)])
@@ -462,9 +463,14 @@ def parse(argv):
     photographs = preset in ("voc", "folder")  # whole ones, squashed to size x size
     s.size = s.size or TRUNKS[s.trunk].size
     s.sides = s.sides or ((s.size,) if photographs else ())
+    s.self_steps = 0 if s.masks and "self_steps" not in given else s.self_steps
+    labels = s.self_steps or s.masks
+    if photographs and "train_convs" not in given and not (labels and s.trunk == "vgg16"):
+        s.train_convs = 0
+    if "trunk_lr" not in given and not (photographs and TRUNKS[s.trunk].weights):
+        s.trunk_lr = s.lr
     s.cache = s.cache or (f"{s.out}/cache" if photographs and s.train_convs >= 0 else "no")
     s.cache = "" if s.cache == "no" else s.cache
-    s.self_steps = 0 if s.masks and "self_steps" not in given else s.self_steps
     wrong = problem(preset, s, given)
     if wrong:
         parser.error(f"argument {wrong}")
@@ -524,25 +530,30 @@ def problem(preset, s, given):
 # ---------------------------------------------------------------- the run's folder
 def move_aside(out):
     """Put an earlier run's files into a folder of their own; other files stay where they are."""
-    if not (out / "ckpt.pt").exists():
+    files = [*(out / name for name in RUN_FILES), *out.glob("self*.npy")]
+    files = [path for path in files if path.exists()]
+    if not files:
         return
     number = 1
     while (aside := out / f"run{number}").exists():
         number += 1
     aside.mkdir()
-    for path in [*(out / name for name in RUN_FILES), *out.glob("self*.npy")]:
-        if path.exists():
-            path.rename(aside / path.name)
+    for path in files:
+        path.rename(aside / path.name)
     print(f"{out}: the run that was there is now in {aside}")
 
 
 def plain_settings(s, photos):
     """The settings as a checkpoint keeps them, with a digest of the photographs and labels."""
     digest = hashlib.sha256(photos.tags.numpy().tobytes())
-    for path in photos.paths:
-        if not isinstance(path, np.ndarray):
-            size = os.path.getsize(path) if os.path.exists(path) else 0
-            digest.update(os.fsencode(f"{Path(path).name} {size}"))
+    files = [path for path in photos.paths if not isinstance(path, np.ndarray)]
+    for path in files:
+        digest.update(os.fsencode(Path(path).name))
+        if os.path.exists(path):
+            with open(path, "rb") as file:  # its size and last bytes tell it from others
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 4096))
+                digest.update(f"{size}".encode() + file.read())
     if photos.labels is not None:
         digest.update(photos.labels.tobytes())
     return {**dataclasses.asdict(s), "photos": digest.hexdigest()[:12], "cached": bool(s.cache)}
@@ -733,7 +744,8 @@ def finish(net, photos, s, record, scenes):
 
     if scenes:
         options = {"boxes": None, "mcg": None, "ilp_form": "objects"}
-        report, _ = eval_voc.ladder(net, scenes, {**options, "thresholds": thresholds})
+        priors = [name for name in infer.PRIORS if thresholds or name not in ("bb", "seg")]
+        report, _ = eval_voc.ladder(net, scenes, {**options, "thresholds": thresholds}, priors)
         eval_voc.print_ladder(report)
         data.write_json(out / "scores.json", report)
         samples = [(infer.Scene(image), labels) for _, image, labels in scenes[:6]]
@@ -783,6 +795,8 @@ def main():
         if turn:
             made = stage.first > begin
             photos.labels = round_labels(net, photos, s, out / f"self{turn}.npy", made)
+        # The trunk learns from labels; from tags alone its image scores get worse (README.md).
+        net.trunk[net.frozen_convs :].requires_grad_(turn > 0 or not rounds)
         optimizer = make_optimizer(net, s, device)
         if stage.first > begin:
             optimizer.load_state_dict(saved["optimizer"])
