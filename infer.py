@@ -487,9 +487,11 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
 # ---------------------------------------------------------------- command line
 def overlapped(work, predictions, workers=0):
     """Yield work(prediction) in order, from a thread or `workers` processes, only a few ahead."""
+    threads = torch.get_num_threads()
     if workers:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))  # one core each
+        torch.set_num_threads(max(1, threads - workers))  # the rest are the network's
     else:
         pool = ThreadPoolExecutor(1)
         sys.setswitchinterval(2e-4)  # the network's thread waits so long for that of the priors
@@ -505,6 +507,8 @@ def overlapped(work, predictions, workers=0):
     except BrokenProcessPool as e:
         why = "a process for the priors has died, for want of memory"
         raise InputError(f"--workers: {why}; give fewer, or none") from e
+    finally:
+        torch.set_num_threads(threads)
 
 
 def in_pool(work, prediction):

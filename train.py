@@ -70,7 +70,7 @@ class Settings:
 
     # network
     trunk: str = "vgg16"  # NAME: feature extractor (paper: overfeat)
-    train_convs: int = 0  # K: last trunk convolutions to learn labels too (paper: 0; -1: all)
+    train_convs: int = 0  # K: last trunk convolutions to train, by labels (paper: 0; -1: all)
     head: tuple = ()  # N,N: hidden widths (paper: 1024,768,512) [the trunk's own]
     kernel: tuple = (3,)  # N,N: kernel sides of the head, the last for the rest (paper: 3)
     aggregation: str = "lse"  # NAME: score map -> image scores, Eq. 4 to 6
@@ -83,7 +83,7 @@ class Settings:
     # optimiser
     optimizer: str = "sgd"  # NAME: adam is AdamW (paper: sgd)
     lr: float = 1e-3  # X: learning rate (paper: 0.001)
-    trunk_lr: float = 0.0  # X: of the trunk's convolutions [3e-5 where pretrained, else LR]
+    trunk_lr: float = 0.0  # X: of the trunk's convolutions [LR]
     schedule: str = "steps"  # NAME: steps: x0.8 every 5 million samples (paper), or cosine
     momentum: float = 0.9  # P: SGD's, and Adam's first (paper: 0.9)
     weight_decay: float = 5e-5  # X: (paper: 0.00005)
@@ -116,8 +116,7 @@ PRESETS = {
     "toy": {"trunk": "tiny", "train_convs": -1, "optimizer": "adam", "lr": 2e-3,
             "schedule": "cosine", "weight_decay": 1e-4, "batch": 8, "steps": 2200, "dropout": 0.0,
             "jitter": False, "log_every": 100, "threshold_images": 60},
-    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 600,
-            "self_rounds": 2},
+    "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 600},
     "paper": {"trunk": "overfeat", "steps": 1_000_000, "workers": 8, "save_every": 1000},
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300, "self_rounds": 2},
 }
@@ -729,7 +728,7 @@ def finish(net, photos, s, record, scenes):
     out = Path(s.out)
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
-    if s.cache and (s.self_steps or s.masks):  # of the features as they are now
+    if s.cache and s.masks:  # otherwise it is that of its own labels, if any
         learn_foreground(net, photos, s)
         ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
         ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
