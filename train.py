@@ -118,7 +118,7 @@ PRESETS = {
             "jitter": False, "log_every": 100, "threshold_images": 60},
     "voc": {**PHOTOGRAPHS, "size": 288, "batch": 32, "steps": 800, "self_steps": 600},
     "paper": {"trunk": "overfeat", "steps": 1_000_000, "workers": 8, "save_every": 1000},
-    "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300, "self_rounds": 2},
+    "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300},
 }
 NEEDS = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}
 CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": list(LOSSES),
