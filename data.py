@@ -303,7 +303,7 @@ class Photos:
         return i, torch.from_numpy(np.array(image)).permute(2, 0, 1), labels
 
     def take(self, keep):
-        """The photographs at these indices, in this order; without features."""
+        """The photographs at these indices, in this order; before features are cached."""
         paths = [self.paths[i] for i in keep]
         labels = None if self.labels is None else self.labels[keep]
         return dataclasses.replace(self, paths=paths, tags=self.tags[keep], labels=labels)
@@ -488,7 +488,7 @@ def read_tags(folder, path):
         tags.setdefault(first, set()).update(names)
     if len(tags) < len(rows):
         print(f"{path}: {len(rows) - len(tags)} rows name a file again; its tags are united")
-    unlisted = [file for file in image_files(folder) if file not in tags]
+    unlisted = [file for file in image_files(folder) if os.path.realpath(file) not in files]
     if unlisted:
         print(f"{path}: left out: {len(unlisted)} photographs without a line, {unlisted[0]} first")
     return tags

@@ -96,8 +96,13 @@ def ladder(net, samples, options, priors=None, workers=0):
     dict and {name: q (K,)}."""
     matrices, scores = {}, {}
     rungs = functools.partial(rung_counts, options, priors or list(infer.PRIORS))
-    predicted = ((*sample, *infer.predict(net, data.shrink(sample[1]))) for sample in samples)
-    for name, q, counts in infer.overlapped(rungs, predicted, workers):
+
+    def predictions():
+        for name, image, truth in samples:
+            small = data.shrink(image)  # as infer.py does
+            yield name, small, image.shape[:2], truth, *infer.predict(net, small)
+
+    for name, q, counts in infer.overlapped(rungs, predictions(), workers):
         scores[name] = q
         for row, matrix in counts.items():
             matrices[row] = matrices.get(row, 0) + matrix
@@ -106,18 +111,18 @@ def ladder(net, samples, options, priors=None, workers=0):
 
 
 def rung_counts(options, priors, predicted):
-    """(name, q (K,), {rung: confusion (K, K)}) of one image; options and priors as for ladder."""
-    name, image, truth, p, q = predicted
-    shape = image.shape[:2]
-    image = data.shrink(image)  # as infer.py does
+    """(name, q (K,), {rung: confusion (K, K)}) of one image; options and priors as for ladder.
+
+    predicted: name, image reduced as infer.py does, shape (H, W) before, truth, p and q."""
+    name, image, shape, truth, p, q = predicted
     scene = infer.Scene(image, options["thresholds"], options["boxes"], options["mcg"], name)
     weighed = infer.ilp(p, q, options["ilp_form"])
     labels = {"base": p.argmax(0)}
     for prior in priors:
         labels["ilp" if prior == "none" else f"ilp+{prior}"] = infer.PRIORS[prior](weighed, scene)
+    counts = {}
     expected = "a mask of the photograph's size, of the checkpoint's classes"
     with data.reading(f"{name}.png", expected):
-        counts = {}
         for row, found in labels.items():
             whole = infer.enlarged(found.astype(np.uint8), shape)
             counts[row] = confusion(truth, whole, len(p))

@@ -389,8 +389,8 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them; {} if none has an object. A class seen in n images weighs its own IoU n against `shrink` times the mean
-    of all classes. Thresholds are multiples of 1 / steps."""
+    makes from them. A class seen in n images weighs its own IoU n against `shrink` times the mean
+    of all classes. Thresholds are multiples of 1 / steps. Returns {} if no image has an object."""
     K, names = len(net.classes), ("bb", "seg")
     hits = {name: np.zeros((steps, K)) for name in names}  # right pixels above each threshold
     drawn = {name: np.zeros((steps, K)) for name in names}  # all pixels above it
@@ -577,12 +577,11 @@ def files_to_label(args, tags):
                 both = f"would be written for {file} and {taken[path]}"
                 raise InputError(f"{path}: {both}; label folders apart, or give another --out")
             taken[path] = file
-        labels, *beside = [Path(args.out, file.stem + end) for end in OUTPUTS]
-        others = [] if labels.exists() else [path for path in beside if path.exists()]
-        if labels.exists() and not data.read_notes(labels)[0]:
-            others.append(labels)
-        if others:
-            raise InputError(f"{others[0]}: not written by infer.py; give another --out")
+        outputs = [Path(args.out, file.stem + end) for end in OUTPUTS]
+        there = [path for path in outputs if path.exists()]
+        ours = outputs[0].exists() and data.read_notes(outputs[0])[0]
+        if there and not ours:
+            raise InputError(f"{there[0]}: not written by infer.py; give another --out")
         for folder, end in ((args.boxes, ".txt"), (args.mcg, ".mat")):
             proposals = Path(folder or "", file.stem + end)
             if folder and not proposals.is_file():
@@ -683,7 +682,7 @@ def main():
     lock = data.claim(args.out)
     for file in files:  # what an earlier labelling wrote, all of it
         if Path(args.out, f"{file.stem}.png").exists():
-            for end in OUTPUTS:
+            for end in reversed(OUTPUTS):  # the labels last: by them the rest is known as ours
                 Path(args.out, file.stem + end).unlink(missing_ok=True)
     broken, start = {}, time.perf_counter()
 

@@ -50,6 +50,7 @@ class Trunk(NamedTuple):
     std: tuple
     head: tuple  # default hidden widths of the head
     size: int  # side of a training image, pixels
+    tuned: int = 0  # last convolutions that labels train, unless --train-convs says otherwise
     feature_scale: float = 1.0  # multiplies the features, so that a fresh head sees values around 1
     weights: str = ""  # where its public weights are: an address, "file" (the user's), "" (none)
     hub: tuple = ()  # of a module: repository, its entry, f(module, images) -> (B, D, h, w)
@@ -86,7 +87,7 @@ TRUNKS = {
         conv(256, 3, pad=1), conv(256, 3, pad=1), conv(256, 3, pad=1), pool(2, 2),
         conv(512, 3, pad=1), conv(512, 3, pad=1), conv(512, 3, pad=1), pool(2, 2),
         conv(512, 3, pad=1), conv(512, 3, pad=1), conv(512, 3, pad=1),
-    ], mean=(123, 117, 104), std=(1,), head=(256,), size=320, feature_scale=0.1,
+    ], mean=(123, 117, 104), std=(1,), head=(256,), size=320, tuned=3, feature_scale=0.1,
         weights="https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth"),
 
     # For the toy: small enough to train from scratch on a laptop.

@@ -70,7 +70,7 @@ class Settings:
 
     # network
     trunk: str = "vgg16"  # NAME: feature extractor (paper: overfeat)
-    train_convs: int = 0  # K: last trunk convolutions to train, by labels (paper: 0; -1: all)
+    train_convs: int = 0  # K: last trunk convolutions to learn labels (paper: 0; -1: all) [vgg16 3]
     head: tuple = ()  # N,N: hidden widths (paper: 1024,768,512) [the trunk's own]
     kernel: tuple = (3,)  # N,N: kernel sides of the head, the last for the rest (paper: 3)
     aggregation: str = "lse"  # NAME: score map -> image scores, Eq. 4 to 6
@@ -110,8 +110,7 @@ class Settings:
 
 # fmt: off
 PHOTOGRAPHS = {"head": (256,), "kernel": (3, 1), "optimizer": "adam", "schedule": "cosine",
-               "weight_decay": 1e-4, "dropout": 0.1, "train_convs": 3, "trunk_lr": 3e-5,
-               "amp": True}
+               "weight_decay": 1e-4, "dropout": 0.1, "trunk_lr": 3e-5, "amp": True}
 PRESETS = {
     "toy": {"trunk": "tiny", "train_convs": -1, "optimizer": "adam", "lr": 2e-3,
             "schedule": "cosine", "weight_decay": 1e-4, "batch": 8, "steps": 2200, "dropout": 0.0,
@@ -463,10 +462,10 @@ def parse(argv):
     s.size = s.size or TRUNKS[s.trunk].size
     s.sides = s.sides or ((s.size,) if photographs else ())
     s.self_steps = 0 if s.masks and "self_steps" not in given else s.self_steps
-    labels = s.self_steps or s.masks
-    if photographs and "train_convs" not in given and not (labels and s.trunk == "vgg16"):
-        s.train_convs = 0
-    if "trunk_lr" not in given and not (photographs and TRUNKS[s.trunk].weights):
+    if photographs and (s.self_steps or s.masks) and "train_convs" not in given:
+        s.train_convs = TRUNKS[s.trunk].tuned
+    pretrained = photographs and TRUNKS[s.trunk].weights
+    if "trunk_lr" not in given and not pretrained:
         s.trunk_lr = s.lr
     s.cache = s.cache or (f"{s.out}/cache" if photographs and s.train_convs >= 0 else "no")
     s.cache = "" if s.cache == "no" else s.cache
