@@ -142,11 +142,12 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
 
 
 @timed("superpixels")
-def superpixels_at_half(image):
-    """Superpixels of an image (H, W, 3) uint8 at half its resolution, enlarged: (H, W) int32."""
+def coarse_superpixels(image, side=160):
+    """Superpixels of an image (H, W, 3) uint8, found at about `side` pixels: (H, W) int32."""
     H, W = image.shape[:2]
-    labels = superpixels(np.asarray(Image.fromarray(image).reduce(2)))
-    return labels.repeat(2, 0).repeat(2, 1)[:H, :W]
+    block = max(1, round(max(H, W) / side))
+    labels = superpixels(np.asarray(Image.fromarray(image).reduce(block)))
+    return labels.repeat(block, 0).repeat(block, 1)[:H, :W]
 
 
 # ---------------------------------------------------------------- proposals: our own, boxes, MCG's
@@ -312,17 +313,18 @@ def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
 
 
 @timed("refinement")
-def refine(p, image, regions):
+def refine(p, image, regions, rounds=5):
     """Our own prior, nothing trained: pixel-adaptive refinement, then superpixel means.
 
-    p (K, H, W), image (H, W, 3) uint8, regions (H, W) int -> shares (K, H, W), which sum to 1."""
+    p (K, H, W), image (H, W, 3) uint8, regions (H, W) int -> shares (K, H, W), which sum to 1.
+    More rounds find less of each object, and are surer of it."""
     H, W = image.shape[:2]
     block = max(1, round(max(H, W) / 64))  # to about 64 pixels along the longer side
     h, w = math.ceil(H / block), math.ceil(W / block)
     guide = np.asarray(Image.fromarray(image).resize((w, h), Image.BOX))
     shares = torch.from_numpy(p / np.maximum(p.sum(0), 1e-30))
     small = F.interpolate(shares[None], (h, w), mode="area")[0]
-    refined = torch.from_numpy(pixel_adaptive(small, guide))
+    refined = torch.from_numpy(pixel_adaptive(small, guide, rounds=rounds))
     planes = F.interpolate(refined[None], (H, W), mode="bilinear")[0].numpy()
     size = np.bincount(regions.ravel())
     means = [np.bincount(regions.ravel(), plane.ravel()) / size for plane in planes]
@@ -332,8 +334,9 @@ def refine(p, image, regions):
 def labels_from_tags(p, classes, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
-    classes (C,): indices of background and of its tags; p (C, H, W): theirs alone."""
-    share = refine(p, image, regions)
+    classes (C,): indices of background and of its tags; p (C, H, W): theirs alone. Twice the rounds
+    of the prior: what teaches has to be right rather than whole."""
+    share = refine(p, image, regions, rounds=10)
     labels = classes[share.argmax(0)]
     return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 
@@ -350,7 +353,7 @@ class Scene:
 
     @functools.cached_property
     def regions(self):
-        return superpixels_at_half(self.image)
+        return coarse_superpixels(self.image)
 
     @functools.cached_property
     def segments(self):

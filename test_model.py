@@ -487,6 +487,14 @@ def test_superpixels_are_scikit_images():
         assert np.array_equal(ours, in_raster_order(theirs))
 
 
+def test_superpixels_of_a_photograph_are_found_at_about_160_pixels():
+    image = random_image(0, 11, 17).repeat(30, 0).repeat(30, 1)[:, :500]  # (330, 500): a third
+    small = np.asarray(Image.fromarray(image).reduce(3))
+    regions = infer.coarse_superpixels(image)
+    assert regions.shape == (330, 500)
+    assert np.array_equal(regions[::3, ::3], infer.superpixels(small))
+
+
 @pytest.fixture
 def proposals():
     """9 regions (13, 17), 12 random segments of them and their scores; region 0 is in all."""
@@ -623,10 +631,21 @@ def test_our_own_priors_find_a_bright_object():
     assert (labels == (image[..., 0] > 100)).mean() > 0.99
 
 
+def test_training_labels_are_surer_of_an_object_than_the_prior():
+    image = random_image(0, 48, 64)
+    object_there = np.zeros((48, 64), np.float32)
+    object_there[16:32, 24:40] = 0.9
+    p = np.stack([1 - object_there, object_there])
+    regions = np.arange(48 * 64).reshape(48, 64)
+    prior = infer.refine(p, image, regions).argmax(0) == 1
+    labels = infer.labels_from_tags(p, np.array([0, 5]), image, regions, sure=0) == 5
+    assert 0 < labels.sum() < prior.sum()
+
+
 @pytest.mark.parametrize("prior", ["bb", "seg"])
 def test_fitted_thresholds_equal_a_search(prior, monkeypatch):
     """No multiple of 1/50 gives a class a better IoU with the labels that come from the tags."""
-    monkeypatch.setattr(infer, "refine", lambda p, image, regions: p)
+    monkeypatch.setattr(infer, "refine", lambda p, image, regions, rounds: p)
     tags, q = np.array([0, 1, 0, 1]), np.array([0.4, 0.9, 0.5, 0.7], np.float32)
     images = [random_image(i, 5, 6).repeat(8, 0).repeat(8, 1) for i in range(4)]
     planes = np.random.default_rng(0).dirichlet([4, 2, 1, 1], (4, 40, 48)).astype(np.float32)

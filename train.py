@@ -409,7 +409,7 @@ def label_cells(places, stride, centre, size, sure, scored):
     path, classes, scores = scored
     image = data.shrink(data.load_image(path, near=size), size)
     p = model.upsample(scores, image.shape[:2], stride, centre, (size, size)).softmax(1)[0]
-    regions = infer.superpixels_at_half(image)
+    regions = infer.coarse_superpixels(image)
     labels = infer.labels_from_tags(p.numpy(), classes, image, regions, sure)
     return at_cells(labels, places, size)
 
