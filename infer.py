@@ -253,6 +253,8 @@ def read_mcg(path, shape):
             raise ValueError(f"its superpixels are not {shape[1]}x{shape[0]} numbers from 1")
         if not len(parts) == len(scores) > 0 or not np.isfinite(scores).all():
             raise ValueError("not every candidate has one score")
+        if min(part.min(initial=0) for part in parts) < 0:
+            raise ValueError("its labels are not numbers from 1")
         segments = np.zeros((len(parts), regions.max() + 1), bool)
         for row, part in zip(segments, parts):
             row[part] = True

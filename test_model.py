@@ -546,6 +546,13 @@ def test_files_of_proposals_are_read(proposals):
     low, high = min(scores), max(scores)
     assert read_scores == pytest.approx([0.5 + 0.5 * (s - low) / (high - low) for s in scores])
 
+    from_zero = mcg_content(regions, segments, scores[:, None])
+    for cell in from_zero["labels"].ravel():
+        cell -= 1
+    scipy.io.savemat("zero.mat", from_zero)
+    with pytest.raises(data.InputError, match="not numbers from 1"):
+        infer.read_mcg("zero.mat", regions.shape)
+
     write("a.txt", "1 2 30 40 0.5\n\n0 0 9.4 9.6 -1.5\n5 5 6 6 2.5\n")
     boxes, scores = infer.read_boxes("a.txt", (40, 30))
     assert boxes.tolist() == [[1, 2, 30, 40], [0, 0, 9.4, 9.6], [5, 5, 6, 6]]
@@ -1187,6 +1194,10 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
     rounds = f"{FOLDER} --self-steps 2 --out r --self-rounds"
     ok(f"{rounds} 2")
     refused(f"{rounds} 1 --resume", "at step 6, past the end")
+
+    tuned = f"{FOLDER} --train-convs 1 --out tuned"  # the tags have tuned the trunk
+    ok(f"{tuned} --steps 2 --self-steps 0")
+    refused(f"{tuned} --steps 2 --self-steps 2 --resume", "self_steps was 0 and is 2")
 
 
 def test_a_head_is_refused_on_other_trunk_weights():

@@ -62,7 +62,7 @@ class Settings:
     background: str = ""  # DIR: voc: ImageNet folder whose non-VOC photographs become background
     synsets: str = ""  # FILE: CSV of wnid,class in place of assets/synsets.csv
     masks: str = ""  # DIR: label PNGs to learn per pixel, true or infer.py's
-    cache: str = ""  # DIR: the frozen trunk's features, computed once [OUT/cache; no: none]
+    cache: str = ""  # DIR: the frozen trunk's features [voc, folder: OUT/cache; no: none]
     limit: int = 0  # N: use this many images at most, spread over the set [all]
     size: int = 0  # N: side of a training image, pixels [vgg16 320, overfeat 400, tiny 96]
     toy_images: int = 3000  # M: toy: training images
@@ -437,8 +437,9 @@ def parse(argv):
     for field in dataclasses.fields(Settings):
         group, takes, text = described[field.name]
         values = [f"{name} {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
-        if "[" not in text or values:
-            text = f"{text} [{'; '.join([str(field.default), *values])}]"
+        shown = values if "[" in text else [str(field.default), *values]
+        if shown:
+            text = f"{text} [{'; '.join(shown)}]"
         if field.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         else:
@@ -577,6 +578,8 @@ def read_resumed(path, record, net):
             raise ValueError("a head.pt, which keeps no optimiser")
         if ckpt["step"] > min(was["steps"], now["steps"]):  # past what those decide
             fixed += ["steps", "self_steps"]
+        if bool(was["self_steps"]) != bool(now["self_steps"]) and now["train_convs"]:
+            fixed += ["self_steps"]  # whether tags have tuned the trunk
         differ = [f"{k} was {was.get(k)} and is {now[k]}" for k in fixed if was.get(k) != now[k]]
         if differ:
             raise InputError(f"{path}: --resume with other {', '.join(differ)}; give the former")
