@@ -289,7 +289,7 @@ def relative(objectness):
     return o / (o + o.mean())
 
 
-def pixel_adaptive(planes, image, dilations=(1, 2, 4, 8), rounds=10, width=0.1):
+def pixel_adaptive(planes, image, rounds, dilations=(1, 2, 4, 8), width=0.1):
     """Pixel-adaptive refinement (Araslanov & Roth, CVPR 2020): means of neighbours of like colour.
 
     planes (K, h, w) float, image (h, w, 3) uint8 -> (K, h, w) float32. A neighbour's weight is the
@@ -319,14 +319,14 @@ def refine(p, image, regions, rounds=5):
     """Our own prior, nothing trained: pixel-adaptive refinement, then superpixel means.
 
     p (K, H, W), image (H, W, 3) uint8, regions (H, W) int -> shares (K, H, W), which sum to 1.
-    More rounds find less of each object, and are surer of it."""
+    With more rounds less of each object is found, more surely."""
     H, W = image.shape[:2]
     block = max(1, round(max(H, W) / 64))  # to about 64 pixels along the longer side
     h, w = math.ceil(H / block), math.ceil(W / block)
     guide = np.asarray(Image.fromarray(image).resize((w, h), Image.BOX))
     shares = torch.from_numpy(p / np.maximum(p.sum(0), 1e-30))
     small = F.interpolate(shares[None], (h, w), mode="area")[0]
-    refined = torch.from_numpy(pixel_adaptive(small, guide, rounds=rounds))
+    refined = torch.from_numpy(pixel_adaptive(small, guide, rounds))
     planes = F.interpolate(refined[None], (H, W), mode="bilinear")[0].numpy()
     size = np.bincount(regions.ravel())
     means = [np.bincount(regions.ravel(), plane.ravel()) / size for plane in planes]

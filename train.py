@@ -578,7 +578,7 @@ def read_resumed(path, record, net):
             raise ValueError("a head.pt, which keeps no optimiser")
         if ckpt["step"] > min(was["steps"], now["steps"]):  # past what those decide
             fixed += ["steps", "self_steps"]
-        if bool(was["self_steps"]) != bool(now["self_steps"]) and now["train_convs"]:
+        elif bool(was["self_steps"]) != bool(now["self_steps"]) and now["train_convs"]:
             fixed += ["self_steps"]  # whether tags have tuned the trunk
         differ = [f"{k} was {was.get(k)} and is {now[k]}" for k in fixed if was.get(k) != now[k]]
         if differ:
