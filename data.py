@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
@@ -195,7 +195,7 @@ def read_labels(path):
 
 
 def read_notes(path):
-    """What infer.py has noted in a label PNG: (its classes, a comment); "" in any other's place."""
+    """What infer.py has noted in a PNG: (its classes, a comment); "" in any other's place."""
     with reading(path, "a PNG"), Image.open(path) as image:
         return image.info.get("Classes", ""), str(image.info.get("Comment", ""))
 
@@ -209,17 +209,23 @@ def read_truth(path):
 
 def save_labels(path, labels, classes=(), comment=""):
     """Write (H, W) class indices as a palette PNG in VOC's 256 colours, with its notes."""
-    image, notes = Image.fromarray(np.asarray(labels, np.uint8)), PngInfo()
+    image = Image.fromarray(np.asarray(labels, np.uint8))
     image.putpalette(voc_palette().tobytes())
+    save_png(path, image, classes, comment)
+
+
+def save_png(path, image, classes, comment="", **options):
+    """Write a picture of infer.py's with its notes (see read_notes); options: Pillow's."""
+    notes = PngInfo()
     notes.add_text("Classes", ";".join(classes))
     notes.add_text("Comment", comment)
-    write_atomically(path, lambda file: image.save(file, "png", pnginfo=notes))
+    write_atomically(path, lambda file: image.save(file, "png", pnginfo=notes, **options))
 
 
 def to_8_bits(values):
-    """(H, W) of a 16-bit or float image -> float 0..255; its full scale is read off the largest.
+    """(H, W) of a 16-bit or float image -> float 0..255.
 
-    But for a few: a hot pixel, a highlight."""
+    Its full scale is read off the largest values, but for a few: a hot pixel, a highlight."""
     if not 0 <= values.min() <= values.max() < 2**16:
         raise ValueError("values below 0, above 16 bits, or NaN")
     largest = np.percentile(values, 99.5)
@@ -230,7 +236,7 @@ def to_8_bits(values):
 
 
 def load_image(path, near=None):
-    """An image file of any mode as (H, W, 3) uint8 RGB, upright; an array as it is.
+    """An image file of any mode as (H, W, 3) uint8 RGB, upright, its first frame; or an array.
 
     near: a side in pixels to which a JPEG may be reduced while it is decoded, but not below it."""
     if isinstance(path, np.ndarray):
@@ -420,6 +426,12 @@ def find_masks(photos, folder):
     return indices, [masks[i] for i in indices]
 
 
+def is_turned(path):
+    """Whether a photograph's EXIF turns or mirrors it."""
+    with reading(path, "an image"), Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
 def read_mask(path, photo, classes):
     """(labels (H, W) uint8, whether infer.py made them) of a photograph.
 
@@ -441,9 +453,20 @@ def read_mask(path, photo, classes):
 def class_name(text, where):
     """A name with single spaces, composed; raises InputError where it looks like several."""
     name = " ".join(unicodedata.normalize("NFKC", text).split())
-    if not all(unicodedata.category(c)[0] in "LNM" or c in " -_.'" for c in name):
+    if letters(name) in ("background", "bg", "none", ""):
+        return "background"
+    plain = all(unicodedata.category(c)[0] in "LNM" or c in " -_.'" for c in name)
+    value = letters(name).isnumeric() or letters(name) in (
+        "nan",
+        "null",
+        "yes",
+        "no",
+        "true",
+        "false",
+    )
+    if value or not plain:
         raise InputError(f"{where}: class {text!r}; expected plain names, with ';' between tags")
-    return "background" if letters(name) in ("background", "bg", "none", "") else name
+    return name
 
 
 def letters(name):
@@ -596,7 +619,7 @@ def folder_photos(folder, tags):
     spelt = {letters(name): name for name in classes}
     for name in classes:
         other = spelt[letters(name)]
-        words = re.split("[ _-]", name)
+        words = re.split("[ _.'-]", name)
         if other != name:
             raise InputError(f"{tags}: classes '{other}' and '{name}'; spell one class alike")
         if len(words) > 1 and set(words) <= set(classes):

@@ -89,18 +89,17 @@ def average_precision(scores, present):
 
 
 # ---------------------------------------------------------------- the ladder
-def ladder(net, samples, options, priors=None, workers=0):
+def ladder(net, samples, options, priors, workers=0):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples.
 
-    options: of infer.Scene and Eq. 7, a dict; priors: names, by default all. Returns a JSON-ready
-    dict and {name: q (K,)}."""
+    options: of infer.Scene and Eq. 7, a dict; priors: names. Returns a JSON-ready dict and
+    {name: q (K,)}."""
     matrices, scores = {}, {}
-    rungs = functools.partial(rung_counts, options, priors or list(infer.PRIORS))
+    rungs = functools.partial(rung_counts, options, priors)
 
     def predictions():
         for name, image, truth in samples:
-            small = data.shrink(image)  # as infer.py does
-            yield name, small, image.shape[:2], truth, *infer.predict(net, small)
+            yield name, image, truth, *infer.predict(net, data.shrink(image))
 
     for name, q, counts in infer.overlapped(rungs, predictions(), workers):
         scores[name] = q
@@ -113,9 +112,9 @@ def ladder(net, samples, options, priors=None, workers=0):
 def rung_counts(options, priors, predicted):
     """(name, q (K,), {rung: confusion (K, K)}) of one image; options and priors as for ladder.
 
-    predicted: name, image reduced as infer.py does, shape (H, W) before, truth, p and q."""
-    name, image, shape, truth, p, q = predicted
-    scene = infer.Scene(image, options["thresholds"], options["boxes"], options["mcg"], name)
+    predicted: name, photo (H', W', 3), truth (H', W'), p (K, H, W) and q."""
+    name, photo, truth, p, q = predicted
+    scene = infer.Scene(photo, options["thresholds"], options["boxes"], options["mcg"], name)
     weighed = infer.ilp(p, q, options["ilp_form"])
     labels = {"base": p.argmax(0)}
     for prior in priors:
@@ -124,7 +123,7 @@ def rung_counts(options, priors, predicted):
     expected = "a mask of the photograph's size, of the checkpoint's classes"
     with data.reading(f"{name}.png", expected):
         for row, found in labels.items():
-            whole = infer.enlarged(found.astype(np.uint8), shape)
+            whole = infer.enlarged(found.astype(np.uint8), photo.shape[:2])
             counts[row] = confusion(truth, whole, len(p))
     return name, q, counts
 
@@ -301,7 +300,7 @@ def main():
     parsers = []
     for run, default in ((run_score, "val"), (run_ladder, "val"), (run_submit, "test")):
         sub = commands.add_parser(run.__name__[4:], help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run, json=None, limit=0)
+        sub.set_defaults(run=run, json=None, limit=0, ilp=True)
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
         sub.add_argument("--set", default=default, metavar="NAME", help=f"its set [{default}]")
         parsers.append(sub)

@@ -6,7 +6,7 @@
     python infer.py CKPT --voc VOC2012 --set val --out out/val    # ready for eval_voc.py score
     python infer.py CKPT --voc VOC2012 --set train --known-tags   # labels to train other networks
 
-No true label is read here, but for --known-tags. A photograph above 1,000 px is labelled at that.
+No true label is read here, but for --known-tags. What is above 1,000 px is labelled at 1,000 px.
 Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
 """
 
@@ -33,7 +33,7 @@ import model
 from data import VOID, InputError
 
 SECONDS = collections.Counter()  # spent on each part of labelling
-OUTPUTS = (".png", "_overlay.png", ".npz")  # endings of what is written for a photograph
+THE_SETS = "the set's"  # --known-tags without a CSV
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def timed(part):
 @timed("network")
 @torch.no_grad()
 def predict(net, image, tagged=None):
-    """Eq. 2 of an image (H, W, 3) uint8: p (K, H, W) at every pixel, q (K,) of the whole.
+    """Eq. 2 of an image (H, W, 3) uint8: p (K, H, W) at every pixel, q (K,) of the whole image.
 
     tagged: where tags are known, their indices (C,), background's first; p is then (C, H, W).
     Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer."""
@@ -71,7 +71,8 @@ def predict(net, image, tagged=None):
         pixels = model.upsample(cell_scores, (H, W), step, offset, (h, w))[0]
         scores = scores + pixels / len(sides)
         image_scores = image_scores + net.aggregate(cells)[0] / len(sides)
-    return scores.softmax(0).cpu().numpy(), image_scores.softmax(0).cpu().numpy()
+    p, q = scores.softmax(0), net.probabilities(image_scores)
+    return p.cpu().numpy(), q.cpu().numpy()
 
 
 def ilp(p, q, form="objects"):
@@ -105,8 +106,8 @@ def superpixels(image, scale=100, sigma=0.5, min_size=12):
     order = np.argsort(np.concatenate(costs), kind="stable")
     edges = [np.concatenate(part)[order] for part in (costs, starts, ends)]
 
-    # By rising cost an edge joins A and B if it is below Int(A) + k/|A| and Int(B) + k/|B|; in a
-    # second pass, if A or B is too small.
+    # By rising cost an edge joins A and B if its cost is below Int(A) + k/|A| and Int(B) + k/|B|;
+    # in a second pass, if A or B is too small.
     parent = list(range(H * W))  # a segment is named after its first pixel
     size = [1] * (H * W)
     limit = [k] * (H * W)  # Int(C) + k / |C|
@@ -227,8 +228,8 @@ def segment_cover(segments, scores, regions):
 def read_boxes(path, shape):
     """Lines x0 y0 x1 y1 score, of BING or any detector -> boxes (N, 4), scores (N,) in 0.5..1.
 
-    shape: (H, W) of the picture, which holds them."""
-    expected = "a line x0 y0 x1 y1 score for every box, in pixels of a photograph up to 1,000 px"
+    shape: (H, W) of the photograph, which holds them."""
+    expected = "a line x0 y0 x1 y1 score for every box, in pixels of the photograph, upright"
     with data.reading(path, expected):
         values = np.array(data.read_rows(path, expected), float)
         if values.ndim != 2 or values.shape[1] != 5 or not np.isfinite(values).all():
@@ -344,14 +345,14 @@ def labels_from_tags(p, classes, image, regions, sure):
 
 
 class Scene:
-    """One image (H, W, 3) uint8 and what the priors derive from it, each at most once.
+    """A photo (H', W', 3) uint8, the image (H, W, 3) that is labelled, and what priors make of it.
 
     delta: prior -> thresholds (K,). boxes: folder of <name>.txt; mcg: folder of <name>.mat; without
     them our own hierarchy serves."""
 
-    def __init__(self, image, delta=None, boxes=None, mcg=None, name=""):
-        self.image, self.name = image, name
-        self.delta, self.boxes, self.mcg = delta, boxes, mcg
+    def __init__(self, photo, delta=None, boxes=None, mcg=None, name=""):
+        self.image, self.photo_shape = data.shrink(photo), photo.shape[:2]
+        self.delta, self.boxes, self.mcg, self.name = delta, boxes, mcg, name
 
     @functools.cached_property
     def regions(self):
@@ -366,7 +367,8 @@ class Scene:
         """p(pixel in an object) from boxes, (H, W), `relative` to the picture's."""
         if self.boxes:
             path = Path(self.boxes, f"{self.name}.txt")
-            boxes, scores = read_boxes(path, self.image.shape[:2])
+            boxes, scores = read_boxes(path, self.photo_shape)
+            boxes = boxes * (self.image.shape[0] / self.photo_shape[0])
         else:
             boxes, scores = boxes_of(self.segments[0], self.regions), self.segments[1]
         return relative(box_cover(boxes, scores, self.image.shape[:2]))
@@ -394,8 +396,8 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them. A class seen in n images weighs its own IoU n against `shrink` times the mean
-    of all classes. Thresholds are multiples of 1 / steps. Returns {} if no image has an object."""
+    makes from them. A class found in n images weighs its own IoU n against `shrink` times the mean
+    of all objects. Thresholds are multiples of 1 / steps. Returns {} if no image has an object."""
     K, names = len(net.classes), ("bb", "seg")
     hits = {name: np.zeros((steps, K)) for name in names}  # right pixels above each threshold
     drawn = {name: np.zeros((steps, K)) for name in names}  # all pixels above it
@@ -439,7 +441,7 @@ def save_panel(path, net, samples, prior="refine", ilp_form="objects", width=170
     The image; maps of the three likeliest classes, under their names in the labels' colours; the
     labels step by step."""
     colours, rows = data.voc_palette(), []
-    heat = (np.arange(256)[:, None] * 3 - [0, 255, 510]).clip(0, 255).astype(np.uint8)  # by 0..1
+    heat = (np.arange(256)[:, None] * 3 - [0, 255, 510]).clip(0, 255).astype(np.uint8)  # row 255 p
     for scene, truth in samples:
         p, q = predict(net, scene.image)
         cells = [("image", 0, scene.image)]
@@ -556,12 +558,29 @@ def open_net(path, args, priors):
     """(net, thresholds) of a checkpoint, for these priors. Raises InputError."""
     if args.boxes and "bb" not in priors or args.mcg and "seg" not in priors:
         raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
+    fitted = {"bb", "seg"}.intersection(priors)
     with data.reading(path, "a checkpoint of train.py, ckpt.pt or head.pt"):
         net, ckpt = model.load_net(path, args.weights, args.device, args.dense, args.sides)
-        if {"bb", "seg"}.intersection(priors) and not ckpt["thresholds"]:
+        if fitted and not ckpt["thresholds"]:
             why = "let its training end, --resume, or give it more --threshold-images"
             raise ValueError(f"no thresholds for bb, seg; {why}")
+    other_scores = args.sides or args.dense or args.ilp_form == "all" or not args.ilp
+    if fitted and (other_scores or args.boxes or args.mcg):
+        print("bb, seg: their thresholds are for the checkpoint's sizes, our proposals and Eq. 7")
     return net, ckpt["thresholds"]
+
+
+def outputs(out, file):
+    """The files that may be written for a photograph: labels, overlay, scores."""
+    return [Path(out, file.stem + end) for end in (".png", "_overlay.png", ".npz")]
+
+
+def is_ours(path):
+    """Whether infer.py has written a file, as its notes or names say."""
+    if path.suffix == ".png":
+        return bool(data.read_notes(path)[0])
+    with data.reading(path, "the scores of --soft"), np.load(path) as content:
+        return "image_scores" in content
 
 
 def files_to_label(args, tags):
@@ -576,17 +595,15 @@ def files_to_label(args, tags):
             files += data.image_files(path) if path.is_dir() else [path]
     taken = {file.resolve(): file for file in files}  # what is there, then what will be
     for file in files:
-        for name in (f"{file.stem}.png", f"{file.stem}_overlay.png"):
-            path = Path(args.out, name).resolve()
+        for path in outputs(args.out, file):
+            path = path.resolve()
             if path in taken:
                 both = f"would be written for {file} and {taken[path]}"
                 raise InputError(f"{path}: {both}; label folders apart, or give another --out")
             taken[path] = file
-        outputs = [Path(args.out, file.stem + end) for end in OUTPUTS]
-        there = [path for path in outputs if path.exists()]
-        ours = outputs[0].exists() and data.read_notes(outputs[0])[0]
-        if there and not ours:
-            raise InputError(f"{there[0]}: not written by infer.py; give another --out")
+        for path in outputs(args.out, file):
+            if path.exists() and not is_ours(path):
+                raise InputError(f"{path}: not written by infer.py; give another --out")
         for folder, end in ((args.boxes, ".txt"), (args.mcg, ".mat")):
             proposals = Path(folder or "", file.stem + end)
             if folder and not proposals.is_file():
@@ -598,12 +615,12 @@ def files_to_label(args, tags):
 
 def known_tags(args, classes):
     """{file: indices (C,) of background and its tags}: of --voc's set, or one folder's CSV."""
-    if args.voc and (classes != data.VOC_CLASSES or args.known_tags != "the set's"):
+    if args.voc and (classes != data.VOC_CLASSES or args.known_tags != THE_SETS):
         raise InputError("--known-tags with --voc: no CSV, and a checkpoint of VOC's classes")
     if args.voc:
         photos = data.voc_photos(args.voc, args.set, with_masked=True)
         return dict(zip(photos.paths, map(data.with_background, photos.tags)))
-    if len(args.images) != 1 or args.known_tags == "the set's":
+    if len(args.images) != 1 or args.known_tags == THE_SETS:
         raise InputError("--known-tags: give one folder of photographs, and the CSV of their tags")
     tags = data.read_tags(args.images[0], args.known_tags)
     unknown = set().union(*tags.values()) - set(classes)
@@ -624,7 +641,7 @@ def write_labels(args, classes, thresholds, predicted):
     predicted: file, photo (H', W', 3), p, q, and indices of background and known tags, or None."""
     file, photo, p, q, tagged = predicted
     out, comment = Path(args.out, file.stem), ""
-    scene = Scene(data.shrink(photo), thresholds, args.boxes, args.mcg, file.stem)
+    scene = Scene(photo, thresholds, args.boxes, args.mcg, file.stem)
     if args.ilp and tagged is None:
         p = ilp(p, q, args.ilp_form)
     if tagged is None:
@@ -637,8 +654,7 @@ def write_labels(args, classes, thresholds, predicted):
         data.save_labels(f"{out}.png", labels, classes, comment)
         if not args.voc:
             picture = Image.fromarray(overlay(photo, labels))
-            save = functools.partial(picture.save, format="png", compress_level=1)  # in a third
-            data.write_atomically(f"{out}_overlay.png", save)
+            data.save_png(f"{out}_overlay.png", picture, classes, compress_level=1)  # in a third
         if args.soft:
             content = {"scores": p.astype(np.float16), "image_scores": q, "classes": classes}
             data.write_atomically(f"{out}.npz", lambda f: np.savez_compressed(f, **content))
@@ -655,11 +671,11 @@ def parse():
     add("--voc", metavar="DIR", help="label a set of this devkit instead")
     add("--set", metavar="NAME", help="which set of --voc [val]")
     add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
-    add("--soft", action="store_true", help="also write the class scores as .npz, as labelled")
+    add("--soft", action="store_true", help="also write p after Eq. 7, not smoothed, and q as .npz")
     add("--panel", metavar="FILE", help="draw how the first 20 images came about")
     add("--prior", choices=list(PRIORS), help="what smooths the labels [refine]")
     add("--ilp", action=argparse.BooleanOptionalAction, default=True, help="use Eq. 7 [yes]")
-    csv = {"nargs": "?", "const": "the set's", "metavar": "FILE"}
+    csv = {"nargs": "?", "const": THE_SETS, "metavar": "FILE"}
     add("--known-tags", help="training labels from true tags: of --voc's set, or this CSV's", **csv)
     add("--sure", type=float, metavar="P", help="with them: below it 255 [0.6]")
     add_options(parser)
@@ -685,10 +701,12 @@ def main():
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)
     lock = data.claim(args.out)
-    for file in files:  # what an earlier labelling wrote, all of it
-        if Path(args.out, f"{file.stem}.png").exists():
-            for end in reversed(OUTPUTS):  # the labels last: by them the rest is known as ours
-                Path(args.out, file.stem + end).unlink(missing_ok=True)
+    written = [path for file in files for path in outputs(args.out, file)]
+    for path in written:  # by an earlier labelling
+        path.unlink(missing_ok=True)
+    others = set(Path(args.out).glob("*.png")) - set(written)
+    if others:
+        print(f"{args.out}: holds {len(others)} other pictures, such as {min(others)}")
     broken, start = {}, time.perf_counter()
 
     def predictions():
@@ -709,8 +727,8 @@ def main():
     whole = [file for file in files if file not in broken]
     if args.panel and whole:
         options = (thresholds, args.boxes, args.mcg)
-        images = [(data.shrink(data.load_image(file)), file.stem) for file in whole[:20]]
-        samples = [(Scene(image, *options, name), None) for image, name in images]
+        scenes = [Scene(data.load_image(file), *options, file.stem) for file in whole[:20]]
+        samples = [(scene, None) for scene in scenes]
         save_panel(args.panel, net, samples, args.prior, args.ilp_form if args.ilp else None)
     speed = len(files) / (time.perf_counter() - start)
     kind = "training labels (known tags)" if tags else "label maps"

@@ -53,6 +53,7 @@ class Trunk(NamedTuple):
     tuned: int = 0  # last convolutions that labels train, unless --train-convs says otherwise
     feature_scale: float = 1.0  # multiplies the features, so that a fresh head sees values around 1
     weights: str = ""  # where its public weights are: an address, "file" (the user's), "" (none)
+    public: str = ""  # their fingerprint; others are used, but told of
     hub: tuple = ()  # of a module: repository, its entry, f(module, images) -> (B, D, h, w)
 
 
@@ -88,7 +89,8 @@ TRUNKS = {
         conv(512, 3, pad=1), conv(512, 3, pad=1), conv(512, 3, pad=1), pool(2, 2),
         conv(512, 3, pad=1), conv(512, 3, pad=1), conv(512, 3, pad=1),
     ], mean=(123, 117, 104), std=(1,), head=(256,), size=320, tuned=3, feature_scale=0.1,
-        weights="https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth"),
+        weights="https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth",
+        public="bf3033a8a4c4"),
 
     # For the toy: small enough to train from scratch on a laptop.
     "tiny": Trunk([
@@ -202,7 +204,10 @@ def sigmoid_loss(image_scores, tags):
     return F.binary_cross_entropy_with_logits(image_scores, tags, reduction="none").mean(1)
 
 
-LOSSES = {"softmax": tag_loss, "sigmoid": sigmoid_loss}  # name: f(image_scores, tags) -> (B,)
+LOSSES = {  # name: f(image_scores (B, K), tags) -> (B,); f(image_scores (K,)) -> q (K,)
+    "softmax": (tag_loss, lambda image_scores: image_scores.softmax(0)),
+    "sigmoid": (sigmoid_loss, torch.sigmoid),
+}
 
 
 def pixel_loss(scores, labels):
@@ -224,22 +229,23 @@ class Net(nn.Module):
 
     trunk: a key of TRUNKS. classes: K names, background first. head: widths of its hidden
     convolutions (empty: the trunk's own); one with K outputs follows. kernel: their sides, the last
-    for all that remain. train_convs: -1 trains the whole trunk. generator: a CPU torch.Generator
-    for the first weights. What `infer.predict` goes by: dense: how many times finer than the stride
-    the score map is; sides: an image is seen at each area side x side (empty: as it is); amp: in
-    bfloat16."""
+    for all that remain. loss: a key of LOSSES. train_convs: -1 trains the whole trunk. generator:
+    a CPU torch.Generator for the first weights. What `infer.predict` goes by: dense: how many times
+    finer than the stride the score map is; sides: an image is seen at each area side x side (empty:
+    as it is); amp: in bfloat16."""
 
-    def __init__(self, trunk, classes, head=(), kernel=(3,), aggregation="lse", r=5.0, dropout=0.5,
-                 train_convs=0, dense=1, sides=(), amp=False, generator=None):  # fmt: skip
+    def __init__(self, trunk, classes, head=(), kernel=(3,), aggregation="lse", r=5.0, loss="softmax",
+                 dropout=0.5, train_convs=0, dense=1, sides=(), amp=False, generator=None):  # fmt: skip
         super().__init__()
         self.trunk_name, self.spec, self.classes = trunk, TRUNKS[trunk], classes
         self.aggregation, self.r, self.dropout = AGGREGATIONS[aggregation], r, dropout
+        self.loss, self.probabilities = LOSSES[loss]
         self.dense_factor, self.sides, self.amp = dense, sides, amp
 
         # Table 1: unpadded convolutions, the last with an output for every class.
         widths = [*(head or self.spec.head), len(classes)]
         kernels = [*kernel, *[kernel[-1]] * len(widths)]
-        self.head_rows = [conv(width, kernels[i]) for i, width in enumerate(widths)]
+        self.head_rows = [conv(width, side) for width, side in zip(widths, kernels)]
         self.rows = self.spec.rows + self.head_rows
 
         convs, channels = nn.ModuleList(), 3  # a module counts as one
@@ -265,10 +271,14 @@ class Net(nn.Module):
         places = [i for i, row in enumerate(self.spec.rows) if row.kind != "pool"]
         cut = [*places, len(self.spec.rows)][self.frozen_convs]
         self.frozen_rows, self.tuned_rows = self.spec.rows[:cut], self.spec.rows[cut:]
-        self.trunk[: self.frozen_convs].requires_grad_(False)
+        self.frozen_layers.requires_grad_(False)
         for name, value in (("mean", self.spec.mean), ("std", self.spec.std)):
             constant = torch.tensor(value).float().view(1, -1, 1, 1)
             self.register_buffer(name, constant, persistent=False)
+
+    @property
+    def frozen_layers(self):
+        return self.trunk[: self.frozen_convs]
 
     def train(self, mode=True):
         """As for any module, but a pretrained one in the trunk keeps to inference."""
@@ -462,12 +472,14 @@ def load_trunk(net, path=""):
         raise OSError(None, f"cannot be used ({why}); {expected}", path or source) from e
     for p, block in zip(params, blocks):
         p.data.copy_(block)
+    if net.spec.public and fingerprint(net.trunk) != net.spec.public:
+        print(f"{path}: not the public weights of {name}; they have to expect the same input")
 
 
-def fingerprint(net):
-    """12 hex digits of the frozen trunk's weights, the same for their half-precision copies."""
+def fingerprint(layers):
+    """12 hex digits of these layers' weights, the same for their half-precision copies."""
     digest = hashlib.sha256()
-    for p in net.trunk[: net.frozen_convs].parameters():
+    for p in layers.parameters():
         digest.update(p.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -489,7 +501,7 @@ def checkpoint(net, settings, step, optimizer):
         "step": step,  # optimiser steps done
         "settings": settings,  # train.plain_settings
         "classes": net.classes,  # names, background first
-        "trunk": fingerprint(net),  # of the frozen trunk on which the rest was trained
+        "trunk": fingerprint(net.frozen_layers),  # those on which the rest was trained
         "model": {k: v.cpu() for k, v in net.state_dict().items() if not k.startswith(left_out)},
         "optimizer": optimizer.state_dict(),
         "thresholds": {},  # delta_k, {"bb": K floats, "seg": K floats}, when training has ended
@@ -506,7 +518,7 @@ def read_checkpoint(path):
 
 def build_net(settings, classes, generator=None):
     """The Net of a run's settings, a dict. Raises ValueError; KeyError, TypeError if damaged."""
-    names = "trunk head kernel train_convs aggregation r dropout dense sides amp"
+    names = "trunk head kernel train_convs aggregation r loss dropout dense sides amp"
     chosen = {name: settings[name] for name in names.split()}
     return Net(classes=classes, generator=generator, **chosen)
 
@@ -517,8 +529,9 @@ def load_weights(net, ckpt):
     odd = unexpected + [name for name in missing if not name.startswith(public_names(net))]
     if odd or not all(x.isfinite().all() for x in ckpt["model"].values()):
         raise ValueError(f"damaged tensors {' '.join(odd)}")
-    if fingerprint(net) != ckpt["trunk"]:
-        wanted = f"those of fingerprint {ckpt['trunk']} with --weights FILE, not {fingerprint(net)}"
+    found = fingerprint(net.frozen_layers)
+    if found != ckpt["trunk"]:
+        wanted = f"those of fingerprint {ckpt['trunk']} with --weights FILE, not {found}"
         raise ValueError(f"its head was trained on other trunk weights; give {wanted}")
 
 

@@ -559,6 +559,16 @@ def test_files_of_proposals_are_read(proposals):
     assert scores.tolist() == [0.75, 0.5, 1]
 
 
+def test_boxes_are_in_pixels_of_the_photograph():
+    """Of one that is labelled at half its size, too."""
+    write("big.txt", "400 200 1200 600 1\n0 0 2000 1000 0")
+    scene = infer.Scene(np.zeros((1000, 2000, 3), np.uint8), boxes=".", name="big")
+    inside = np.zeros((500, 1000), bool)
+    inside[100:300, 200:600] = True
+    assert scene.image.shape == (500, 1000, 3)
+    assert np.array_equal(scene.bb > scene.bb.min(), inside)
+
+
 def test_hierarchy_by_hand():
     """A frame, a ring and a light centre, whose way to the border leads through the ring."""
     regions = np.zeros((12, 12), int)
@@ -581,6 +591,18 @@ def test_image_level_prior_is_eq_7():
     for k in range(3):
         assert np.allclose(infer.ilp(p, q, "all")[k], p[k] * q[k])
         assert np.allclose(infer.ilp(p, q)[k], p[k] * (q[k] if k else 1))
+
+
+def test_image_probabilities_are_those_of_the_loss():
+    """Sigmoids need not sum to 1."""
+    image = torch.from_numpy(random_image(0, 60, 80)).permute(2, 0, 1)[None]
+    for loss in ("softmax", "sigmoid"):
+        net = model.Net("tiny", ["background", "cat", "dog"], loss=loss).eval()
+        image_scores = net.aggregate(net.dense(image)[0])[0].numpy().astype(float)
+        powers = np.exp(image_scores)
+        want = {"softmax": powers / powers.sum(), "sigmoid": powers / (1 + powers)}
+        q = infer.predict(net, random_image(0, 60, 80))[1]
+        assert np.allclose(q, want[loss], atol=1e-5)
 
 
 def test_a_superpixel_takes_its_most_frequent_label():
@@ -1095,6 +1117,7 @@ def test_masks_are_counted_whatever_their_ending():
     stored = Image.fromarray(random_image(0, 30, 24))  # the mask is of the upright photograph
     stored.save("photos/0.png", exif=TURNED)
     out = ok(MASKED)
+    assert "EXIF turns 1 photographs" in out  # a half turn leaves no other sign
     assert "2 of 4 photographs have a mask, 1 others are background alone, 1 left out" in out
 
 
@@ -1191,6 +1214,8 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
     Path("photos/0.png").write_bytes(content)
     refused(f"{FOLDER} --resume --steps 4", "photos was")
     make_folder()
+    ok(f"{FOLDER} --out longer")
+    assert "learning rate follows" in ok(f"{FOLDER} --out longer --resume --steps 4")
     rounds = f"{FOLDER} --self-steps 2 --out r --self-rounds"
     ok(f"{rounds} 2")
     refused(f"{rounds} 1 --resume", "at step 6, past the end")
@@ -1208,7 +1233,7 @@ def test_a_head_is_refused_on_other_trunk_weights():
     save_vgg("other.pth", seed=1)
     voc = f"{TRAIN_VOC} --trunk vgg16 --size 64"
     label = "infer o/ckpt.pt VOC2012/JPEGImages/val_0.jpg --out l"
-    ok(f"{voc} --weights vgg.pth")
+    assert "not the public weights of vgg16" in ok(f"{voc} --weights vgg.pth")
     for command in (label, f"{voc} --steps 4 --resume"):
         ok(f"{command} --weights half.pth")
         refused(f"{command} --weights other.pth", "o/ckpt.pt", "other trunk weights")
@@ -1382,6 +1407,33 @@ def test_labels_of_an_earlier_run_do_not_stay(toy_run):
     os.truncate("photos/a.png", 300)
     refused("infer out/toy/ckpt.pt photos --device cpu --out l", "1 of 2 images", "photos/a.png")
     assert {path.name for path in Path("l").iterdir()} == {"b.png", "b_overlay.png"}
+    assert "holds 2 other pictures, such as l/b.png" in ok(
+        "infer out/toy/ckpt.pt photo.png --out l"
+    )
+
+
+@pytest.mark.parametrize("ending", [".png", "_overlay.png", ".npz"])
+def test_files_of_others_are_not_replaced(toy_run, ending):
+    """Beside labels of ours, too."""
+    label = "infer out/toy/ckpt.pt photo.png --device cpu --soft --out l"
+    ok(label)
+    ok(label)  # our own are
+    path = Path(f"l/photo{ending}")
+    if ending == ".npz":
+        np.savez(path, mine=np.zeros(3))
+    else:
+        save_photo(path)
+    content = path.read_bytes()
+    refused(label, f"l/photo{ending}: not written by infer.py")
+    assert path.read_bytes() == content
+
+
+def test_thresholds_that_were_fitted_otherwise_are_told_of(toy_run):
+    command = "infer out/toy/ckpt.pt photo.png --device cpu --prior bb"
+    write("photo.txt", "0 0 30 30 1")
+    for more in ("--no-ilp", "--ilp-form all", "--dense 2", "--sides 96", "--boxes ."):
+        assert "thresholds are for" in ok(f"{command} {more}")
+    assert "thresholds" not in ok(command)
 
 
 def test_training_labels_keep_to_the_tags_and_say_so(toy_run):
@@ -1507,6 +1559,7 @@ def malformed_files():
     # Several names in one, other spellings.
     yield CSV, "t.csv", [b"", b"b.jpg,cat,dog", b"no.jpg,cat", b"../../x.jpg,cat", b"\xff"]
     yield CSV, "t.csv", [b'b.jpg,"dog,cat"', b"b.jpg,[dog]", b"b.jpg,dog|cat", b"b.jpg,Dog;dog"]
+    yield CSV, "t.csv", [b"b.jpg,1", b"b.jpg,nan", b"b.jpg,no;cat", b"b.jpg,dog.cat;dog;cat"]
     yield CSV, "t.csv", [b'b.jpg,"dog\ncat"', b"b.jpg,dog cat;dog;cat"]
     yield CSV, "t.csv", [b"file,tags", b"b\0.jpg,cat"]
     yield f"{VOC} --set bad", "VOC/ImageSets/Main/bad.txt", [b"", b"..", b"a\na", b"a\0b", b"b -1"]

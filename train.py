@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
 
 Writes out/<preset>/: ckpt.pt, head.pt (the same at half the precision, without paths and optimiser:
-to give away), log.csv, settings.json, curves.png, panel.png; for the toy scores.json; for
-photographs cache/ (features) and self1.npy, ... (labels of its own making).
+to give away), log.csv, settings.json, curves.png, panel.png; toy: scores.json; voc and folder:
+cache/ (features) and self1.npy, ... (labels of its own making).
 """
 
 import argparse
@@ -37,7 +37,7 @@ import eval_voc
 import infer
 import model
 from data import VOID, InputError
-from model import AGGREGATIONS, LOSSES, TRUNKS, pixel_loss
+from model import AGGREGATIONS, LOSSES, TRUNKS, fingerprint, pixel_loss
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # processes, set by torchrun
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one
@@ -48,7 +48,7 @@ RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one
 class Settings:
     """Every setting is a flag; its comment is its help, whose first word says what it takes.
 
-    N: 0, 1, ...; M: 1, 2, ...; X: 0 or more; P: 0 or more, below 1."""
+    N: 0, 1, ...; M: 1, 2, ...; N,N: several M; K: N or -1; X: 0 or more; P: X below 1."""
 
     # what a preset needs
     voc: str = ""  # DIR: voc: the devkit's VOC2012 folder
@@ -86,7 +86,7 @@ class Settings:
     trunk_lr: float = 0.0  # X: of the trunk's convolutions [LR]
     schedule: str = "steps"  # NAME: steps: x0.8 every 5 million samples (paper), or cosine
     momentum: float = 0.9  # P: SGD's, and Adam's first (paper: 0.9)
-    weight_decay: float = 5e-5  # X: (paper: 0.00005)
+    weight_decay: float = 5e-5  # X: pull of the weights to 0 (paper: 0.00005)
     batch: int = 16  # M: images a step, over all processes (paper: 16)
     steps: int = 1000  # M: steps on tags (paper: about a week of them)
     self_steps: int = 0  # N: then steps on labels that the net gives the training images
@@ -157,7 +157,7 @@ def train(net, batches, optimizer, s, stage, record):
 
         # Loss: of the tags and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
-        tag_losses = LOSSES[s.loss](image_scores, tags)  # (B,), Eq. 3
+        tag_losses = net.loss(image_scores, tags)  # (B,), Eq. 3
         loss = tag_losses.sum() / total(tags.any(1))  # the images of all processes
         if labels is not None:
             labelled = (labels != VOID).any(2).any(1)  # (B,)
@@ -289,13 +289,14 @@ def at_cells(labels, places, size):
 
 def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path each, None: all background."""
-    found, strange, background = [], 0, False
+    found, strange, turned, background = [], 0, 0, False
     for i, mask in enumerate(data.progress(masks, "masks read")):
         made = False  # infer.py's labels need not find every tag, true masks do
         if mask is None:
             labels = np.zeros((1, 1), np.uint8)
         else:
             labels, made = data.read_mask(mask, photos.paths[i], photos.classes)
+            turned += not made and data.is_turned(photos.paths[i])
         tags = np.flatnonzero(photos.tags[i])
         has_object = tags[0] > 0
         alien = np.setdiff1d(labels, [*tags, 0, VOID]).size > 0
@@ -314,6 +315,8 @@ def mask_labels(net, photos, masks, s):
         raise InputError(f"--masks {s.masks}: {wrong}; expected class indices, 255 only as void")
     if strange and RANK == 0:
         print(f"--masks {s.masks}: {counts}")
+    if turned and RANK == 0:
+        print(f"--masks {s.masks}: EXIF turns {turned} photographs; their masks have to be upright")
     return np.stack(found)
 
 
@@ -455,9 +458,11 @@ def parse(argv):
         parser.error(f"argument preset: '{preset}', not one of {', '.join(PRESETS)}")
     s = Settings(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for name, (_, takes, _) in described.items():
-        if takes in RANGES and not RANGES[takes][0] <= getattr(s, name) < RANGES[takes][1]:
-            wanted = f"expected {RANGES[takes][0]} or more, below {RANGES[takes][1]}"
-            parser.error(f"argument {flag(name)}: {getattr(s, name)}; {wanted}")
+        low, high = RANGES.get(takes, (None, None))
+        value = getattr(s, name)
+        if low is not None and not low <= value < high:
+            wanted = f"expected {low} or more, below {high}"
+            parser.error(f"argument {flag(name)}: {value}; {wanted}")
 
     photographs = preset in ("voc", "folder")  # whole ones, squashed to size x size
     s.size = s.size or TRUNKS[s.trunk].size
@@ -586,6 +591,8 @@ def read_resumed(path, record, net):
         if ckpt["step"] > now["steps"] + now["self_steps"] * now["self_rounds"]:
             raise ValueError(f"at step {ckpt['step']}, past the end of these settings")
         model.load_weights(net, ckpt)
+    if was["steps"] != now["steps"] and now["schedule"] == "cosine":
+        print("other --steps: the learning rate follows their cosine from here on")
     return ckpt
 
 
@@ -668,7 +675,7 @@ def describe(preset, s, given, net, photos):
     if not none:
         print("warning: no photograph without objects: what surrounds one may be learned as it")
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    frozen = f", frozen trunk {model.fingerprint(net)}" if net.frozen_convs else ""
+    frozen = f", frozen trunk {fingerprint(net.frozen_layers)}" if net.frozen_convs else ""
     print(f"{s.trunk}: {trained:,} trained parameters{frozen}")
     print(f"given: {', '.join(f'{name}={value}' for name, value in given.items()) or 'nothing'}")
 
@@ -694,7 +701,8 @@ def cached(net, photos, s):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=net.amp):
             return torch.cat([net.frozen(part) for part in images.split(4)])
 
-    network = f"{s.trunk} {model.fingerprint(net)} {len(net.frozen_rows)} rows, bfloat16 {net.amp}"
+    weights = fingerprint(net.frozen_layers)
+    network = f"{s.trunk} {weights} {len(net.frozen_rows)} rows, bfloat16 {net.amp}"
     with first_process_first():
         return data.with_features(photos, compute, network, s.cache, s.workers, s.jitter)
 
@@ -730,7 +738,7 @@ def finish(net, photos, s, record, scenes):
     out = Path(s.out)
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
-    if s.cache and s.masks:  # otherwise it is that of its own labels, if any
+    if s.cache and s.masks:  # self-training has learned it already
         learn_foreground(net, photos, s)
         ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
         ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
@@ -788,15 +796,16 @@ def main():
 
     # The first stage learns the tags; each later one also labels that the net has made itself.
     rounds = s.self_rounds if s.self_steps else 0
-    ends = [s.steps + turn * s.self_steps for turn in range(1 + rounds)]
-    for turn, (begin, end) in enumerate(zip([0, *ends], ends)):
+    for turn in range(1 + rounds):
+        begin = s.steps + (turn - 1) * s.self_steps if turn else 0
+        end = s.steps + turn * s.self_steps
         stage = Stage(begin, end, max(begin, saved["step"]))
         if stage.first >= stage.end:
             continue  # before this --resume
         if turn:
             made = stage.first > begin
             photos.labels = round_labels(net, photos, s, out / f"self{turn}.npy", made)
-        # The trunk learns from labels; from tags alone its image scores get worse (README.md).
+        # If labels will come the trunk waits for them: from tags its q get worse (README.md).
         net.trunk[net.frozen_convs :].requires_grad_(turn > 0 or not rounds)
         optimizer = make_optimizer(net, s, device)
         if stage.first > begin:
