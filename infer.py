@@ -436,41 +436,40 @@ def overlay(image, labels, alpha=0.6):
 
 
 def save_panel(path, net, samples, prior="refine", ilp_form="objects", width=170):
-    """A contact sheet, a row for each of (Scene, truth (H, W) or None); ilp_form None: no ILP.
+    """A contact sheet, a row for each (Scene, truth (H, W), or None in all); ilp_form None: no ILP.
 
     The image; maps of the three likeliest classes, under their names in the labels' colours; the
     labels step by step."""
-    colours, rows = data.voc_palette(), []
+    colours, face, gap, line = data.voc_palette(), ImageFont.load_default(18), 4, 26
     heat = (np.arange(256)[:, None] * 3 - [0, 255, 510]).clip(0, 255).astype(np.uint8)  # row 255 p
+
+    def cell(caption, picture, k=0):  # k: whose colour the caption has
+        H, W = picture.shape[:2]
+        height = max(1, min(round(H * width / W), 4 * width))
+        image = Image.new("RGB", (gap + width, line + height), "white")
+        ImageDraw.Draw(image).text((gap, 1), caption, tuple(colours[k].tolist()), face)
+        small = Image.fromarray(picture).resize((width, height), Image.NEAREST)
+        image.paste(small, (gap, line))
+        return np.asarray(image)
+
+    rows = []
     for scene, truth in samples:
         p, q = predict(net, scene.image)
-        cells = [("image", 0, scene.image)]
+        cells = [cell("image", scene.image)]
         for k in [k for k in np.argsort(-q) if k > 0][:3]:
             picture = heat[(p[k] * 255).astype(np.uint8)]
-            cells.append((f"{net.classes[k][:12]} {q[k]:.2f}", k, picture))
-        cells.append(("base", 0, colours[p.argmax(0)]))
+            cells.append(cell(f"{net.classes[k][:12]} {q[k]:.2f}", picture, k))
+        cells.append(cell("base", colours[p.argmax(0)]))
         if ilp_form:
             p = ilp(p, q, ilp_form)
-            cells.append(("+ILP", 0, colours[p.argmax(0)]))
+            cells.append(cell("+ILP", colours[p.argmax(0)]))
         if prior != "none":
-            cells.append((f"+{prior}", 0, colours[PRIORS[prior](p, scene)]))
+            cells.append(cell(f"+{prior}", colours[PRIORS[prior](p, scene)]))
         if truth is not None:
-            cells.append(("truth", 0, colours[truth]))
-        H, W = scene.image.shape[:2]
-        rows.append((cells, max(1, min(round(H * width / W), 4 * width))))
-
-    face, gap, line = ImageFont.load_default(18), 4, 26
-    columns = max(len(cells) for cells, _ in rows)
-    total = sum(height + line for _, height in rows)
-    sheet = Image.new("RGB", (gap + (width + gap) * columns, gap + total), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
-    for cells, height in rows:
-        for column, (caption, k, picture) in enumerate(cells):
-            left = gap + (width + gap) * column
-            draw.text((left, top + 1), caption, tuple(colours[k].tolist()), face)
-            small = Image.fromarray(picture).resize((width, height), Image.NEAREST)
-            sheet.paste(small, (left, top + line))
-        top += height + line
+            cells.append(cell("truth", colours[truth]))
+        rows.append(np.hstack(cells))
+    margins = ((0, gap), (0, gap), (0, 0))  # below, and on the right
+    sheet = Image.fromarray(np.pad(np.vstack(rows), margins, constant_values=255))
     data.write_atomically(path, lambda file: sheet.save(file, "png"))
 
 
