@@ -152,14 +152,10 @@ def coarse_superpixels(image, side=160):
 
 
 # ---------------------------------------------------------------- proposals: our own, boxes, MCG's
-def scaled(scores):
-    """Scores (N,) brought to 0..1."""
-    return (scores - scores.min()) / max(np.ptp(scores), 1e-12)
-
-
-def above_none(scores):
-    """A file's scores (N,) brought to 0.5..1: the lowest is still more than no proposal, 0."""
-    return 0.5 + scaled(scores) / 2
+def scaled(scores, low=0.0):
+    """Scores (N,) brought to low..1; a file's to 0.5..1: the lowest is more than no proposal, 0."""
+    share = (scores - scores.min()) / max(np.ptp(scores), 1e-12)
+    return low + (1 - low) * share
 
 
 def hierarchy(image, regions, least=0.002):
@@ -238,7 +234,7 @@ def read_boxes(path, shape):
         inside = boxes.min() >= -1 and (boxes[:, 2:] <= np.array(shape[::-1]) + 1).all()
         if not inside or (boxes[:, 2:] - boxes[:, :2] < 1).any():
             raise ValueError(f"not all boxes are a pixel or more of {shape[1]}x{shape[0]}")
-    return boxes, above_none(values[:, 4])
+    return boxes, scaled(values[:, 4], 0.5)
 
 
 def read_mcg(path, shape):
@@ -259,7 +255,7 @@ def read_mcg(path, shape):
         segments = np.zeros((len(parts), regions.max() + 1), bool)
         for row, part in zip(segments, parts):
             row[part] = True
-    return regions, segments, above_none(scores)
+    return regions, segments, scaled(scores, 0.5)
 
 
 # ---------------------------------------------------------------- smoothing priors (section 4)
