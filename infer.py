@@ -595,10 +595,9 @@ def files_to_label(args, tags):
             if path in taken:
                 both = f"would be written for {file} and {taken[path]}"
                 raise InputError(f"{path}: {both}; label folders apart, or give another --out")
-            taken[path] = file
-        for path in outputs(args.out, file):
             if path.exists() and not is_ours(path):
                 raise InputError(f"{path}: not written by infer.py; give another --out")
+            taken[path] = file
         for folder, end in ((args.boxes, ".txt"), (args.mcg, ".mat")):
             proposals = Path(folder or "", file.stem + end)
             if folder and not proposals.is_file():
