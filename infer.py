@@ -395,8 +395,8 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
     makes from them. A class found in n images weighs its own IoU n against `shrink` times the mean
     of all objects. Thresholds are multiples of 1 / steps. Returns {} if no image has an object."""
     K, names = len(net.classes), ("bb", "seg")
-    hits = {name: np.zeros((steps, K)) for name in names}  # right pixels above each threshold
-    drawn = {name: np.zeros((steps, K)) for name in names}  # all pixels above it
+    hits = np.zeros((len(names), steps, K))  # right pixels above each threshold
+    drawn = np.zeros((len(names), steps, K))  # all pixels above it
     area, images = np.zeros(K), np.zeros(K)  # pixels of each class, and images with it
     objects = False  # whether any image has one
     for image, tags in samples:
@@ -407,21 +407,19 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
         labels = labels_from_tags(known, tagged, image, scene.regions, sure=0)
         counts = np.bincount(labels.ravel(), minlength=K)
         area, images = area + counts, images + (counts > 0)
-        for name in names:
+        for prior, name in enumerate(names):
             k, v = evidence(ilp(p, q), getattr(scene, name))
             for step in range(steps):
                 above = v > step / steps
-                drawn[name][step] += np.bincount(k[above], minlength=K)
-                hits[name][step] += np.bincount(k[above & (k == labels)], minlength=K)
+                drawn[prior, step] += np.bincount(k[above], minlength=K)
+                hits[prior, step] += np.bincount(k[above & (k == labels)], minlength=K)
 
     if not objects:
         return {}  # nothing to fit them on
-    deltas = {}
-    for name in names:
-        iou = hits[name] / np.maximum(drawn[name] + area - hits[name], 1)  # (steps, K)
-        weighed = images * iou + shrink * iou[:, 1:].mean(1, keepdims=True)
-        deltas[name] = (weighed.argmax(0) / steps).tolist()
-    return deltas
+    iou = hits / np.maximum(drawn + area - hits, 1)  # (2, steps, K)
+    weighed = images * iou + shrink * iou[..., 1:].mean(2, keepdims=True)
+    deltas = weighed.argmax(1) / steps  # (2, K)
+    return dict(zip(names, deltas.tolist()))
 
 
 # ---------------------------------------------------------------- pictures
