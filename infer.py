@@ -315,8 +315,7 @@ def pixel_adaptive(planes, image, rounds, dilations=(1, 2, 4, 8), width=0.1):
 def refine(p, image, regions, rounds=5):
     """Our own prior, nothing trained: pixel-adaptive refinement, then superpixel means.
 
-    p (K, H, W), image (H, W, 3) uint8, regions (H, W) int -> shares (K, H, W), which sum to 1.
-    With more rounds less of each object is found, more surely."""
+    p (K, H, W), image (H, W, 3) uint8, regions (H, W) int -> shares (K, H, W), which sum to 1."""
     H, W = image.shape[:2]
     block = max(1, round(max(H, W) / 64))  # to about 64 pixels along the longer side
     h, w = math.ceil(H / block), math.ceil(W / block)
@@ -333,9 +332,8 @@ def refine(p, image, regions, rounds=5):
 def labels_from_tags(p, classes, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
-    classes (C,): indices of background and of its tags; p (C, H, W): theirs alone. Twice the rounds
-    of the prior: what teaches has to be right rather than whole."""
-    share = refine(p, image, regions, rounds=10)
+    classes (C,): indices of background and of its tags; p (C, H, W): theirs alone."""
+    share = refine(p, image, regions, rounds=10)  # more: what teaches is surer, if less whole
     labels = classes[share.argmax(0)]
     return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 
