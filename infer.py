@@ -632,9 +632,8 @@ def write_labels(args, classes, thresholds, predicted):
     file, photo, p, q, tagged = predicted
     out, comment = Path(args.out, file.stem), ""
     scene = Scene(photo, thresholds, args.boxes, args.mcg, file.stem)
-    if args.ilp and tagged is None:
-        p = ilp(p, q, args.ilp_form)
     if tagged is None:
+        p = ilp(p, q, args.ilp_form) if args.ilp else p
         labels = PRIORS[args.prior](p, scene).astype(np.uint8)
     else:
         labels = labels_from_tags(p, tagged, scene.image, scene.regions, args.sure)
