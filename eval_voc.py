@@ -53,12 +53,6 @@ def measures(matrix):
         return 100 * hit / (true + predicted - hit), 100 * hit / predicted, 100 * hit / true
 
 
-def mean_defined(values):
-    """Mean of the values that are not NaN; NaN where there are none."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else math.nan
-
-
 def summarise(matrix, classes, images):
     """A confusion (K, K) as JSON-ready percentages; mean_iou is VOC's: None if one is undefined.
 
@@ -71,10 +65,10 @@ def summarise(matrix, classes, images):
     for what, values in (("iou", iou), ("precision", precision), ("recall", recall)):
         defined = [None if math.isnan(v) else float(v) for v in values]
         report[what] = dict(zip(classes, defined))
-    report["mean_iou_defined"] = mean_defined(iou)
+    report["mean_iou_defined"] = float(np.nanmean(iou))
     report["mean_iou"] = None if np.isnan(iou).any() else report["mean_iou_defined"]
     report["classes_defined"] = int(np.isfinite(iou).sum())
-    report["mean_accuracy"] = mean_defined(recall)
+    report["mean_accuracy"] = float(np.nanmean(recall))
     return report
 
 
@@ -216,9 +210,9 @@ def run_score(args):
 
     matrices = attempt(compare, data.voc_ids(args.voc, args.set))
     total = sum(matrices)
-    report = summarise(total[:K], classes, len(matrices))
-    if not total[:K, :K].any():
+    if total[:, K:].any() and not total[:, :K].any():
         raise InputError(f"{args.folder}: no pixel has a label; expected class indices, not 255")
+    report = summarise(total[:K], classes, len(matrices))
     if args.void_allowed:  # void is counted as class K
         iou = measures(total)[0][:K]
         wrong = float(iou[total[:K].sum(1) > 0].mean())
