@@ -83,13 +83,13 @@ def average_precision(scores, present):
 
 
 # ---------------------------------------------------------------- the ladder
-def ladder(net, samples, options, priors, workers=0):
+def ladder(net, samples, scene_of, ilp_form, priors, workers=0):
     """Score every rung in one pass over (name, image (H, W, 3), truth (H, W)) samples.
 
-    options: of infer.Scene and Eq. 7, a dict; priors: names. Returns a JSON-ready dict and
-    {name: q (K,)}."""
+    scene_of(image, name=...): an infer.Scene; ilp_form: of Eq. 7; priors: names. Returns a
+    JSON-ready dict and {name: q (K,)}."""
     matrices, scores = {}, {}
-    rungs = functools.partial(rung_counts, options, priors)
+    rungs = functools.partial(rung_counts, scene_of, ilp_form, priors)
 
     def predictions():
         for name, image, truth in samples:
@@ -103,13 +103,13 @@ def ladder(net, samples, options, priors, workers=0):
     return {"rows": rows, "classes": net.classes}, scores
 
 
-def rung_counts(options, priors, predicted):
-    """(name, q (K,), {rung: confusion (K, K)}) of one image; options and priors as for ladder.
+def rung_counts(scene_of, ilp_form, priors, predicted):
+    """(name, q (K,), {rung: confusion (K, K)}) of one image; the rest as for ladder.
 
     predicted: name, photo (H', W', 3), truth (H', W'), p (K, H, W) and q."""
     name, photo, truth, p, q = predicted
-    scene = infer.Scene(photo, options["thresholds"], options["boxes"], options["mcg"], name)
-    weighed = infer.ilp(p, q, options["ilp_form"])
+    scene = scene_of(photo, name=name)
+    weighed = infer.ilp(p, q, ilp_form)
     labels = {"base": p.argmax(0)}
     for prior in priors:
         labels["ilp" if prior == "none" else f"ilp+{prior}"] = infer.PRIORS[prior](weighed, scene)
@@ -239,13 +239,12 @@ def run_score(args):
 def run_ladder(args):
     """Score every prior, from a checkpoint."""
     samples = voc_samples(args.voc, args.set, args.limit)
-    net, thresholds = infer.open_net(args.checkpoint, args, args.priors)
+    net, scene_of = infer.open_net(args.checkpoint, args, args.priors)
     if net.classes != data.VOC_CLASSES:
         print("indices of the masks are read as:", ", ".join(net.classes))
     tags = data.voc_tags(args.voc, args.set)  # {id: (present, only difficult)}
     start = time.perf_counter()
-    options = {**vars(args), "thresholds": thresholds}
-    report, scores = ladder(net, samples, options, args.priors, args.workers)
+    report, scores = ladder(net, samples, scene_of, args.ilp_form, args.priors, args.workers)
     images = len(scores)
     scores = {i: q for i, q in scores.items() if i in tags}
     if net.classes == data.VOC_CLASSES and scores:

@@ -546,7 +546,7 @@ def add_options(parser):
 
 
 def open_net(path, args, priors):
-    """(net, thresholds) of a checkpoint, for these priors. Raises InputError."""
+    """(net, a function from a photo and its name to a Scene), for these priors; InputError."""
     if args.boxes and "bb" not in priors or args.mcg and "seg" not in priors:
         raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
     fitted = {"bb", "seg"}.intersection(priors)
@@ -558,7 +558,7 @@ def open_net(path, args, priors):
     other_scores = args.sides or args.dense or args.ilp_form == "all" or not args.ilp
     if fitted and (other_scores or args.boxes or args.mcg):
         print("bb, seg: their thresholds are for the checkpoint's sizes, our proposals and Eq. 7")
-    return net, ckpt["thresholds"]
+    return net, functools.partial(Scene, delta=ckpt["thresholds"], boxes=args.boxes, mcg=args.mcg)
 
 
 def outputs(out, file):
@@ -625,13 +625,13 @@ def enlarged(labels, shape):
     return np.asarray(Image.fromarray(labels).resize(shape[::-1], Image.NEAREST))
 
 
-def write_labels(args, classes, thresholds, predicted):
+def write_labels(args, classes, scene_of, predicted):
     """Smooth one photograph's p (K, H, W) and write its labels -> {class: share of the pixels}.
 
     predicted: file, photo (H', W', 3), p, q, and indices of background and known tags, or None."""
     file, photo, p, q, tagged = predicted
     out, comment = Path(args.out, file.stem), ""
-    scene = Scene(photo, thresholds, args.boxes, args.mcg, file.stem)
+    scene = scene_of(photo, name=file.stem)
     if tagged is None:
         p = ilp(p, q, args.ilp_form) if args.ilp else p
         labels = PRIORS[args.prior](p, scene).astype(np.uint8)
@@ -686,7 +686,7 @@ def parse():
 
 def main():
     args = parse()
-    net, thresholds = open_net(args.checkpoint, args, [args.prior])
+    net, scene_of = open_net(args.checkpoint, args, [args.prior])
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)
     lock = data.claim(args.out)
@@ -708,15 +708,14 @@ def main():
             tagged = tags.get(file)
             yield file, photo, *predict(net, data.shrink(photo), tagged), tagged
 
-    work = functools.partial(write_labels, args, net.classes, thresholds)
+    work = functools.partial(write_labels, args, net.classes, scene_of)
     for shares in overlapped(work, predictions(), args.workers):
         if len(files) == 1:
             words = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
             print(f"{files[0]}: {', '.join(words)}")
     whole = [file for file in files if file not in broken]
     if args.panel and whole:
-        options = (thresholds, args.boxes, args.mcg)
-        scenes = [Scene(data.load_image(file), *options, file.stem) for file in whole[:20]]
+        scenes = [scene_of(data.load_image(file), name=file.stem) for file in whole[:20]]
         samples = [(scene, None) for scene in scenes]
         save_panel(args.panel, net, samples, args.prior, args.ilp_form if args.ilp else None)
     speed = len(files) / (time.perf_counter() - start)

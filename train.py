@@ -752,9 +752,9 @@ def finish(net, photos, s, record, scenes):
     data.write_atomically(out / "head.pt", functools.partial(torch.save, head))
 
     if scenes:
-        options = {"boxes": None, "mcg": None, "ilp_form": "objects"}
+        scene_of = functools.partial(infer.Scene, delta=thresholds)
         priors = [name for name in infer.PRIORS if thresholds or name not in ("bb", "seg")]
-        report, _ = eval_voc.ladder(net, scenes, {**options, "thresholds": thresholds}, priors)
+        report, _ = eval_voc.ladder(net, scenes, scene_of, "objects", priors)
         eval_voc.print_ladder(report)
         data.write_json(out / "scores.json", report)
         samples = [(infer.Scene(image), labels) for _, image, labels in scenes[:6]]
