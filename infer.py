@@ -206,8 +206,7 @@ def boxes_of(segments, regions):
 def box_cover(boxes, scores, shape):
     """p(ij in Obj), section 4: mean score of the boxes that cover pixel ij, else 0 -> (H, W).
 
-    boxes (N, 4) x0 y0 x1 y1: pixels from round(x0) to before round(x1); scores (N,); shape (H, W).
-    """
+    boxes (N, 4) x0 y0 x1 y1, pixels round(x0) to before round(x1); scores (N,); shape (H, W)."""
     total, count = np.zeros(shape), np.zeros(shape)
     for (x0, y0, x1, y1), score in zip(np.round(boxes).clip(0).astype(int), scores):
         total[y0:y1, x0:x1] += score

@@ -178,8 +178,7 @@ def layer_table(rows, n):
 def lse(scores, r):
     """Log-Sum-Exp over the cells, Eq. 6: (1/r) log mean exp(r s). scores (B, K, h, w) -> (B, K).
 
-    Large r tends to max, small r to mean. torch subtracts the maximum: scores of any size are safe.
-    """
+    Large r tends to max, small r to mean. torch subtracts the maximum: any scores are safe."""
     cells = scores.flatten(2)  # (B, K, h * w)
     return (torch.logsumexp(r * cells, dim=2) - math.log(cells.shape[2])) / r
 
