@@ -8,8 +8,6 @@
     scores = net(images)                   # images (B, 3, H, W) in 0..255 -> score map (B, K, h, w)
     image_scores = net.aggregate(scores)   # (B, K), Eq. 6; softmax of it is Eq. 2
 
-Training leaves the head unpadded, as the paper does; `dense` pads, so that each pixel has its cell.
-
 Letters in shape comments: B batch, K classes, H W pixels, h w cells, D channels.
 """
 
@@ -320,9 +318,7 @@ class Net(nn.Module):
         return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
 
     def beneath(self, features, rows=None):
-        """The trunk's features (B, D, h', w'), cropped to the score map's cells: (B, D, h, w).
-
-        rows: the head's, as the scores were made by."""
+        """The trunk's maps (B, D, h', w'), cropped to the cells of `scores`: (B, D, h, w)."""
         rows = rows or self.head_rows
         h, w = (out_size(n, rows) for n in features.shape[2:])
         first = int(geometry(rows)[2])
