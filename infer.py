@@ -33,7 +33,6 @@ import model
 from data import VOID, InputError
 
 SECONDS = collections.Counter()  # spent on each part of labelling
-THE_SETS = "the set's"  # --known-tags without a CSV
 
 
 @contextlib.contextmanager
@@ -604,12 +603,12 @@ def files_to_label(args, tags):
 
 def known_tags(args, classes):
     """{file: indices (C,) of background and its tags}: of --voc's set, or one folder's CSV."""
-    if args.voc and (classes != data.VOC_CLASSES or args.known_tags != THE_SETS):
+    if args.voc and (classes != data.VOC_CLASSES or args.known_tags is not True):
         raise InputError("--known-tags with --voc: no CSV, and a checkpoint of VOC's classes")
     if args.voc:
         photos = data.voc_photos(args.voc, args.set, with_masked=True)
         return dict(zip(photos.paths, map(data.with_background, photos.tags)))
-    if len(args.images) != 1 or args.known_tags == THE_SETS:
+    if len(args.images) != 1 or args.known_tags is True:
         raise InputError("--known-tags: give one folder of photographs, and the CSV of their tags")
     tags = data.read_tags(args.images[0], args.known_tags)
     unknown = set().union(*tags.values()) - set(classes)
@@ -663,7 +662,7 @@ def parse():
     add("--panel", metavar="FILE", help="draw how the first 20 images came about")
     add("--prior", choices=list(PRIORS), help="what smooths the labels [refine]")
     add("--ilp", action=argparse.BooleanOptionalAction, default=True, help="use Eq. 7 [yes]")
-    csv = {"nargs": "?", "const": THE_SETS, "metavar": "FILE"}
+    csv = {"nargs": "?", "const": True, "metavar": "FILE"}  # True: without a CSV
     add("--known-tags", help="training labels from true tags: of --voc's set, or this CSV's", **csv)
     add("--sure", type=float, metavar="P", help="with them: below it 255 [0.6]")
     add_options(parser)
