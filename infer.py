@@ -169,19 +169,18 @@ def hierarchy(image, regions, least=0.002):
 
     flat = regions.ravel()
     size = np.bincount(flat)  # (S,) pixels
+    S = len(size)
     planes = image.reshape(-1, 3).T / 255
     colour = np.stack([np.bincount(flat, plane) for plane in planes], 1) / size[:, None]  # (S, 3)
-    cost = np.zeros((len(size), len(size)))  # 0: no neighbours
+    cost = np.zeros((S, S))  # 0: no neighbours
     across, below = (regions[:, 1:], regions[:, :-1]), (regions[1:], regions[:-1])
     for first, second in (across, below):
         differ = first != second
         a, b = first[differ], second[differ]
         difference = np.linalg.norm(colour[a] - colour[b], axis=1) + 1e-6
-        cost[a, b] = difference
-        cost[b, a] = difference
+        cost[a, b] = cost[b, a] = difference
     distance = shortest_path(cost, directed=False)  # (S, S)
 
-    S = len(size)
     segments = np.eye(2 * S - 1, S, dtype=bool)  # the leaves, then the nodes that merge them
     tree = linkage(distance[np.triu_indices(S, 1)], "average") if S > 1 else np.zeros((0, 4))
     for node, (a, b) in enumerate(tree[:, :2].astype(int), S):
