@@ -450,20 +450,16 @@ def read_mask(path, photo, classes):
 
 
 # ---------------------------------------------------------------- names and tags
+VALUES = ["nan", "null", "yes", "no", "true", "false"]  # of a table's cell, hardly a class
+
+
 def class_name(text, where):
     """A name with single spaces, composed; raises InputError where it looks like several."""
     name = " ".join(unicodedata.normalize("NFKC", text).split())
     if letters(name) in ("background", "bg", "none", ""):
         return "background"
     plain = all(unicodedata.category(c)[0] in "LNM" or c in " -_.'" for c in name)
-    value = letters(name).isnumeric() or letters(name) in (
-        "nan",
-        "null",
-        "yes",
-        "no",
-        "true",
-        "false",
-    )
+    value = letters(name).isnumeric() or letters(name) in VALUES
     if value or not plain:
         raise InputError(f"{where}: class {text!r}; expected plain names, with ';' between tags")
     return name
