@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 import data
 import eval_voc
@@ -368,13 +369,12 @@ def learn_foreground(net, photos, s, steps=250, batch=32, most=1600):
         decay.step()
 
     # The normalisation becomes part of the map, and so does what `--foreground` asks for.
-    linear, norm = layers.eval().requires_grad_(False)
-    logits = torch.cat([layers(cells.float()) for cells in vectors])[:, 0]  # (N * h * w,)
-    agreement = ((logits - logits.mean()) * (objects.flatten() - objects.mean())).mean()
-    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    fused = fuse_linear_bn_eval(*layers.eval().requires_grad_(False))
+    logits = torch.cat([fused(cells.float()) for cells in vectors])[:, 0]  # (N * h * w,)
+    agreement = torch.stack([logits, objects.flatten()]).cov()[0, 1]
     factor = s.foreground * agreement.sign()
-    net.foreground.weight.copy_((factor * gain * linear.weight)[:, :, None, None])
-    net.foreground.bias.copy_(factor * (norm.bias - gain * norm.running_mean))
+    net.foreground.weight.copy_((factor * fused.weight)[:, :, None, None])
+    net.foreground.bias.copy_(factor * fused.bias)
 
 
 def cosines(a, b):
