@@ -384,11 +384,10 @@ def cosines(a, b):
 
 def alike(vectors, alpha=0.25):
     """Small where unit vectors (N, D) are alike; the most alike pairs count most (C2AM)."""
-    n = len(vectors)
-    others = ~torch.eye(n, dtype=torch.bool, device=vectors.device)
-    similarity = cosines(vectors, vectors)[others].view(n, n - 1)
-    rank = similarity.argsort(1, descending=True).argsort(1)
-    return -(torch.exp(-alpha * rank) * torch.log(similarity)).mean()
+    similarity = cosines(vectors, vectors).sort(1, descending=True).values
+    others = similarity[:, 1:]  # (N, N - 1): each is the most alike to itself
+    rank = torch.arange(others.shape[1], device=vectors.device)
+    return -(torch.exp(-alpha * rank) * torch.log(others)).mean()
 
 
 def own_labels(net, photos, s):
