@@ -120,7 +120,8 @@ PRESETS = {
     "paper": {"trunk": "overfeat", "steps": 1_000_000, "workers": 8, "save_every": 1000},
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300},
 }
-NEEDS = {"voc": ["voc"], "paper": ["imagenet"], "folder": ["images", "tags"]}
+OWN = {"toy": ["toy_images", "toy_scenes"], "voc": ["voc", "set"], "paper": ["imagenet"],
+       "folder": ["images", "tags"]}  # what a preset alone reads, and has to be given
 CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": list(LOSSES),
            "optimizer": ["sgd", "adam"], "schedule": ["steps", "cosine"]}
 RANGES = {"N": (0, 2**32), "M": (1, 2**32), "X": (0, math.inf), "P": (0, 1)}  # low <= x < high
@@ -486,7 +487,7 @@ def flag(name):
 
 def problem(preset, s, given):
     """The first thing wrong with the settings, or given in vain; "" if nothing is."""
-    for other, names in NEEDS.items():
+    for other, names in OWN.items():
         for name in names:
             if other == preset and not getattr(s, name):
                 return f"{flag(name)}: {preset} needs it"
@@ -503,8 +504,6 @@ def problem(preset, s, given):
         return f"--batch: it cannot be shared by {WORLD} processes"
     if not s.r:
         return "--r: expected more than 0"
-    if toy and s.masks:
-        return "--masks: the toy has none"
     if s.self_steps and (toy or not s.cache or s.masks):
         return "--self-steps: needs photographs (not toy), a --cache, and no --masks"
     if s.masks and (paper or s.jitter and not s.cache):
@@ -520,9 +519,8 @@ def problem(preset, s, given):
         "dropout": not widths, "r": s.aggregation != "lse", "trunk_lr": not s.train_convs,
         "self_rounds": not s.self_steps, "sure": not s.self_steps,
         "foreground": not s.cache or not (s.self_steps or s.masks),
-        "set": preset != "voc", "background": preset != "voc",
-        "synsets": not s.imagenet and not s.background,
-        "limit": preset == "toy", "toy_images": preset != "toy", "toy_scenes": preset != "toy",
+        "background": preset != "voc", "synsets": not s.imagenet and not s.background,
+        "limit": toy, "masks": toy,
     }  # fmt: skip
     for name in given:
         if in_vain.get(name):
