@@ -697,8 +697,8 @@ def toy_scene(rng, size, kinds, distractors):
     return noisy.clip(0, 255).astype(np.uint8), labels
 
 
-def toy_drawn(seed, n, size=96):
-    """n training images of one class or, one in five, of none: sets of classes, images."""
+def toy_photos(seed, n, size=96):
+    """Photos of n drawn images of one class or, one in five, of none."""
     rng = np.random.default_rng([seed, 0])
     names = []
     for _ in range(n):
@@ -707,7 +707,8 @@ def toy_drawn(seed, n, size=96):
     for kinds in names:
         objects, distractors = int(rng.integers(1, 3)), int(rng.integers(0, 3))
         images.append(toy_scene(rng, size, kinds * objects, distractors)[0])
-    return [{TOY_CLASSES.index(name) for name in kinds} for kinds in names], images
+    tags = [set(map(TOY_CLASSES.index, kinds)) for kinds in names]
+    return tagged(images, tags, TOY_CLASSES)
 
 
 def toy_scenes(seed, n, size=144):

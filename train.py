@@ -632,8 +632,7 @@ def first_process_first():
 def load_photos(preset, s):
     """(the preset's tagged photographs, and with --masks a path or None for each)."""
     if preset == "toy":
-        tags, images = data.toy_drawn(s.seed, s.toy_images)
-        photos = data.tagged(images, tags, data.TOY_CLASSES)
+        photos = data.toy_photos(s.seed, s.toy_images)
     elif preset == "voc":
         photos = data.voc_photos(s.voc, s.set)
     elif preset == "paper":
