@@ -291,21 +291,21 @@ def at_cells(labels, places, size):
 
 def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path each, None: all background."""
-    found, strange, turned, background = [], 0, 0, False
+    places = net.cell_places(s.size)
+    found = np.zeros((len(masks), len(places), len(places)), np.uint8)
+    strange, turned, background = 0, 0, False
     for i, mask in enumerate(data.progress(masks, "masks read")):
-        made = False  # infer.py's labels need not find every tag, true masks do
         if mask is None:
-            labels = np.zeros((1, 1), np.uint8)
-        else:
-            labels, made = data.read_mask(mask, photos.paths[i], photos.classes)
-            turned += not made and data.is_turned(photos.paths[i])
+            continue
+        labels, made = data.read_mask(mask, photos.paths[i], photos.classes)
+        found[i] = at_cells(labels, places, s.size)
         tags = np.flatnonzero(photos.tags[i])
         has_object = tags[0] > 0
         alien = np.setdiff1d(labels, [*tags, 0, VOID]).size > 0
-        missing = has_object and not made and not np.isin(tags, labels).any()
-        strange += alien or missing
+        missing = has_object and not np.isin(tags, labels).any()
+        strange += alien or missing and not made  # infer.py's need not find every tag
+        turned += not made and data.is_turned(photos.paths[i])
         background |= has_object and not labels.all()
-        found.append(at_cells(labels, net.cell_places(s.size), s.size))
 
     counts = f"{strange} of {len(masks)} masks hold other classes than their tags"
     wrong = ""
@@ -319,7 +319,7 @@ def mask_labels(net, photos, masks, s):
         print(f"--masks {s.masks}: {counts}")
     if turned and RANK == 0:
         print(f"--masks {s.masks}: EXIF turns {turned} photographs; their masks have to be upright")
-    return np.stack(found)
+    return found
 
 
 # ---------------------------------------------------------------- labels of the net's own making
