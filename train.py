@@ -461,8 +461,7 @@ def parse(argv):
         low, high = RANGES.get(takes, (None, None))
         value = getattr(s, name)
         if low is not None and not low <= value < high:
-            wanted = f"expected {low} or more, below {high}"
-            parser.error(f"argument {flag(name)}: {value}; {wanted}")
+            parser.error(f"argument {flag(name)}: {value}; expected {low} or more, below {high}")
 
     photographs = preset in ("voc", "folder")  # whole ones, squashed to size x size
     s.size = s.size or TRUNKS[s.trunk].size
