@@ -223,12 +223,10 @@ def save_png(path, image, classes, comment="", **options):
 
 
 def to_8_bits(values):
-    """(H, W) of a 16-bit or float image -> float 0..255.
-
-    Its full scale is read off the largest values, but for a few: a hot pixel, a highlight."""
+    """(H, W) of a 16-bit or float image -> float 0..255; its full scale is told by the values."""
     if not 0 <= values.min() <= values.max() < 2**16:
         raise ValueError("values below 0, above 16 bits, or NaN")
-    largest = np.percentile(values, 99.5)
+    largest = np.percentile(values, 99.5)  # but for a few: a hot pixel, a highlight
     full = min(2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
     if values.dtype.kind == "f" and largest < 2:  # 0..1, and what overshoots it
         full = 1
@@ -579,7 +577,7 @@ def voc_photos(voc, name, with_masked=False):
     paths, tags = [], []
     ids = voc_ids(voc, name, ("Main", "Segmentation"))
     if with_masked:
-        masked = voc_ids(voc, name, ("Segmentation", "Main"))
+        masked = voc_ids(voc, name)
         ids += sorted(set(masked) - set(ids))
     for i in ids:
         xml = Path(voc, "Annotations", f"{i}.xml")
