@@ -453,10 +453,11 @@ VALUES = ["nan", "null", "yes", "no", "true", "false"]  # of a table's cell, har
 
 def class_name(text, where):
     """A name with single spaces, composed; raises InputError where it looks like several."""
-    name = " ".join(unicodedata.normalize("NFKC", text).split())
+    text = unicodedata.normalize("NFKC", text)
+    name = " ".join(text.split())
     if letters(name) in ("background", "bg", "none", ""):
         return "background"
-    plain = all(unicodedata.category(c)[0] in "LNM" or c in " -_.'" for c in name)
+    plain = all(unicodedata.category(c)[0] in "LNM" or c in " \t-_.'" for c in text)
     value = letters(name).isnumeric() or letters(name) in VALUES
     if value or not plain:
         raise InputError(f"{where}: class {text!r}; expected plain names, with ';' between tags")
@@ -498,8 +499,6 @@ def read_tags(folder, path):
         file = Path(folder, inside)
         if inside.split(os.sep)[0] == ".." or not file.is_file():
             raise InputError(f"{path}: {file} is no file there; expected {expected}")
-        if len(cell.splitlines()) > 1:
-            raise InputError(f"{path}: a line break among the tags of {name}; expected {expected}")
         names = {class_name(word, path) for word in cell.split(";")} - {"background"}
         first = files.setdefault(os.path.realpath(file), file)  # a link is the same photograph
         tags.setdefault(first, set()).update(names)
