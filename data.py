@@ -442,8 +442,7 @@ def read_mask(path, photo, classes):
         raise InputError(f"{path}: {labels.shape[::-1]} pixels, its photo, upright, {shape[::-1]}")
     highest = labels.max(where=labels != VOID, initial=0)
     if highest >= len(classes):
-        wanted = f"expected 0..{len(classes) - 1}, 255 for void"
-        raise InputError(f"{path}: holds index {highest}; {wanted}")
+        raise InputError(f"{path}: holds index {highest}; expected below {len(classes)}, or 255")
     return labels, bool(meant)
 
 
