@@ -134,17 +134,17 @@ RUN_FILES = ["ckpt.pt", "head.pt", "log.csv", "settings.json", "scores.json", "c
 
 
 # ---------------------------------------------------------------- the loop
-def train(net, batches, optimizer, s, stage, record):
+def train(net, batches, optimizer, s, stage, first, record):
     """Optimiser steps of one stage; keeps log.csv and ckpt.pt in s.out. record: plain_settings.
 
     batches: of each step (images or cached features, tags (B, K), cell labels (B, h, w) or None).
-    """
+    stage: a range, steps that share a schedule; first: the first to do, later on if resumed."""
     out, device = Path(s.out), net.mean.device
     trained = [p for p in net.parameters() if p.requires_grad]
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     losses, start = [], time.perf_counter()
     net.train()
-    for step, (images, tags, labels) in enumerate(batches, stage.first):
+    for step, (images, tags, labels) in enumerate(batches, first):
         # Learning rate: each group's peak, times what the schedule says.
         factor = schedule(s, step, stage)
         for group in optimizer.param_groups:
@@ -176,15 +176,15 @@ def train(net, batches, optimizer, s, stage, record):
 
         # Log. No other step waits for the device.
         done = step + 1
-        saves = done % s.save_every == 0 or done == stage.end
+        saves = done % s.save_every == 0 or done == stage.stop
         if done % s.log_every == 0 or saves:
             loss, losses = torch.stack(losses).mean().item(), []
             if not math.isfinite(loss):
                 raise InputError(f"{out}: the loss before step {done} is not finite; lower --lr")
             if RANK == 0:
                 lr = factor * s.lr
-                rate = (done - stage.first) * s.batch / (time.perf_counter() - start)
-                left = (stage.end - done) * s.batch / rate
+                rate = (done - first) * s.batch / (time.perf_counter() - start)
+                left = (stage.stop - done) * s.batch / rate
                 print(f"{done:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
                 with open(out / "log.csv", "a") as file:
                     file.write(f"{done},{done * s.batch},{loss:.6f},{lr:.3e},{rate:.1f}\n")
@@ -207,19 +207,10 @@ def total(there):
     return summed(there.sum().float()).clamp(min=1)
 
 
-@dataclasses.dataclass
-class Stage:
-    """Steps that share a schedule: training on tags, or one round on the net's own labels."""
-
-    begin: int
-    end: int
-    first: int  # where to start: later than begin when a run is resumed
-
-
 def schedule(s, step, stage):
     """Section 4.1: x0.8 after every 5 million samples; or a cosine from 1 to 0 over the stage."""
     if s.schedule == "cosine":
-        share = (step - stage.begin) / (stage.end - stage.begin)
+        share = (step - stage.start) / len(stage)
         return 0.5 * (1 + math.cos(math.pi * share))
     return 0.8 ** (step * s.batch // 5_000_000)
 
@@ -254,9 +245,9 @@ def batch_keys(s, n, step):
     return keys
 
 
-def make_batches(photos, s, device, stage):
+def make_batches(photos, s, device, steps):
     """Yield each step's (images or features, tags, labels or None): this process's share of it."""
-    steps, broken, waited, start = range(stage.first, stage.end), {}, 0.0, time.perf_counter()
+    broken, waited, start = {}, 0.0, time.perf_counter()
     keys = (batch_keys(s, len(photos), step)[RANK::WORLD] for step in steps)
     workers = 0 if s.cache else s.workers  # features need no decoding
     batches = data.read_batches(photos, keys, workers, device.type == "cuda")
@@ -794,18 +785,19 @@ def main():
     for turn in range(1 + rounds):
         begin = s.steps + (turn - 1) * s.self_steps if turn else 0
         end = s.steps + turn * s.self_steps
-        stage = Stage(begin, end, max(begin, saved["step"]))
-        if stage.first >= stage.end:
+        first = max(begin, saved["step"])
+        if first >= end:
             continue  # before this --resume
         if turn:
-            made = stage.first > begin
+            made = first > begin
             photos.labels = round_labels(net, photos, s, out / f"self{turn}.npy", made)
         # If labels will come the trunk waits for them: from tags its q get worse (README.md).
         net.trunk[net.frozen_convs :].requires_grad_(turn > 0 or not rounds)
         optimizer = make_optimizer(net, s, device)
-        if stage.first > begin:
+        if first > begin:
             optimizer.load_state_dict(saved["optimizer"])
-        train(net, make_batches(photos, s, device, stage), optimizer, s, stage, record)
+        batches = make_batches(photos, s, device, range(first, end))
+        train(net, batches, optimizer, s, range(begin, end), first, record)
 
     if RANK == 0:
         scenes = data.toy_scenes(s.seed, s.toy_scenes) if preset == "toy" else None
