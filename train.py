@@ -299,13 +299,11 @@ def mask_labels(net, photos, masks, s):
         background |= has_object and not labels.all()
 
     counts = f"{strange} of {len(masks)} masks hold other classes than their tags"
-    wrong = ""
-    if strange and strange >= int((photos.tags[:, 0] == 0).sum()) / 2:
-        wrong = counts
-    elif not background:
-        wrong = "no mask of an object has a pixel of background, 0"
-    if wrong:
-        raise InputError(f"--masks {s.masks}: {wrong}; expected class indices, 255 only as void")
+    with data.reading(f"--masks {s.masks}", "class indices, 255 only as void"):
+        if strange and strange >= int((photos.tags[:, 0] == 0).sum()) / 2:
+            raise ValueError(counts)
+        if not background:
+            raise ValueError("no mask of an object has a pixel of background, 0")
     if strange and RANK == 0:
         print(f"--masks {s.masks}: {counts}")
     if turned and RANK == 0:
