@@ -408,7 +408,7 @@ def write_features(out, note, photos, compute, full_shape, workers, block=16):
 
 # ---------------------------------------------------------------- masks: for --masks only
 def find_masks(photos, folder):
-    """(indices, files): the photos to learn from per pixel, each one's mask; None: background.
+    """(photos, files): those to learn from per pixel, each one's mask; None: background.
 
     A mask is <photograph's name>.png; a photo without one counts if its only tag is background."""
     there = {p.stem: p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() == ".png"}
@@ -421,7 +421,7 @@ def find_masks(photos, folder):
     indices = [i for i, mask in enumerate(masks) if mask or photos.tags[i, 0] > 0]
     plain, left_out = len(indices) - len(found), len(photos) - len(indices)
     print(f"--masks {folder}: {counts}, {plain} others are background alone, {left_out} left out")
-    return indices, [masks[i] for i in indices]
+    return photos.take(indices), [masks[i] for i in indices]
 
 
 def is_turned(path):

@@ -638,8 +638,7 @@ def load_photos(preset, s):
         photos = photos.take(data.spread(len(photos), s.limit))
     photos.size, photos.crop = s.size, preset == "paper"
     if s.masks:
-        indices, masks = data.find_masks(photos, s.masks)
-        return photos.take(indices), masks
+        return data.find_masks(photos, s.masks)
     return photos, None
 
 
