@@ -891,11 +891,9 @@ def test_affinity_is_that_of_each_pair():
     cells = maps[0].flatten(1).T.double().numpy()  # (h * w, D)
     roots = np.sign(cells) * np.sqrt(abs(cells))
     vectors = roots - roots.mean(0)
-    wanted = np.zeros((12, 12))
-    for i, a in enumerate(vectors):
-        for j, b in enumerate(vectors):
-            cosine = a @ b / np.sqrt((a @ a) * (b @ b))
-            wanted[i, j] = max(0, cosine) ** 2
+    lengths = np.linalg.norm(vectors, axis=1)
+    cosines = vectors @ vectors.T / np.outer(lengths, lengths)
+    wanted = np.maximum(cosines, 0) ** 2
     assert np.allclose(model.affinity(maps), wanted / wanted.sum(0), atol=1e-6)
 
 
