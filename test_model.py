@@ -682,27 +682,23 @@ def test_fitted_thresholds_equal_a_search(prior, monkeypatch):
     objectness = [getattr(infer.Scene(image), prior) for image in images]
     iou = np.zeros((50, 4))
     for step in range(50):
-        drawn = []
-        for p, o in zip(planes, objectness):
-            drawn.append(infer.thresholded(infer.ilp(p, q), o, np.full(4, step / 50)))
+        delta = [step / 50] * 4
+        drawn = [infer.thresholded(infer.ilp(p, q), o, delta) for p, o in zip(planes, objectness)]
         matrix = eval_voc.confusion(truth, np.stack(drawn), 4)
         iou[step] = np.nan_to_num(eval_voc.measures(matrix)[0])
 
-    # Every class its own best; with much shrinking all share that of the mean over the objects.
     def predict(net, image, tagged=slice(None)):
         index = [other is image for other in images].index(True)
         return planes[index][tagged], q
 
+    # Every class its own best; with much shrinking all share that of the mean over the objects.
     monkeypatch.setattr(infer, "predict", predict)
     net = mock.Mock(classes=["background", "a", "b", "c"])
-    fitted = []
-    for shrink in (0, 1e9):
-        deltas = infer.fit_thresholds(net, [(image, tags) for image in images], shrink)
-        fitted.append([round(50 * delta) for delta in deltas[prior]])
-    alone, shared = fitted
-    best = iou.argmax(0)
-    assert (alone[1], alone[3]) == (best[1], best[3])
-    assert shared == [iou[:, 1:].mean(1).argmax()] * 4
+    samples = [(image, tags) for image in images]
+    alone = infer.fit_thresholds(net, samples, shrink=0)[prior]
+    shared = infer.fit_thresholds(net, samples, shrink=1e9)[prior]
+    assert [alone[1], alone[3]] == [iou[:, 1].argmax() / 50, iou[:, 3].argmax() / 50]
+    assert shared == [iou[:, 1:].mean(1).argmax() / 50] * 4
     assert infer.fit_thresholds(net, [(images[0], np.array([1, 0, 0, 0]))]) == {}
 
 
