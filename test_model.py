@@ -87,14 +87,13 @@ def ok(command):
 
 
 def refused(command, *words):
-    """The one line on stderr, with these words, of a command that has to end with status 2."""
+    """A command has to end with status 2 and one line on stderr, with these words."""
     status, _, err = run(command)
     assert status == 2, command
     err = re.sub("^left out: .*\n", "", err, flags=re.MULTILINE)  # photographs, each named once
     assert err.count("\n") == 1, err
     for word in words:
         assert word in err, (word, err)
-    return err
 
 
 def random_image(seed, height, width):
