@@ -539,8 +539,7 @@ def test_files_of_proposals_are_read(proposals):
     read_regions, read_segments, read_scores = infer.read_mcg("a.mat", regions.shape)
     assert np.array_equal(read_regions, regions)
     assert np.array_equal(read_segments, segments)
-    low, high = min(scores), max(scores)
-    assert read_scores == pytest.approx([0.5 + 0.5 * (s - low) / (high - low) for s in scores])
+    assert read_scores == pytest.approx(np.interp(scores, [min(scores), max(scores)], [0.5, 1]))
 
     write("a.txt", "1 2 30 40 0.5\n\n0 0 9.4 9.6 -1.5\n5 5 6 6 2.5\n")
     boxes, scores = infer.read_boxes("a.txt", (40, 30))
