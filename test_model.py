@@ -904,11 +904,7 @@ def test_foreground_is_found_without_labels(monkeypatch):
     maps = textures[objects].permute(0, 3, 1, 2) + 0.2 * torch.rand(40, 24, 8, 8, generator=rng)
     hint = 0.2 * objects[:, None] + torch.randn(40, 1, 8, 8, generator=rng)
     scores = torch.cat([torch.zeros_like(hint), hint], 1)
-
-    def look(net, photos, i):
-        return scores[i : i + 1], maps[i : i + 1]
-
-    monkeypatch.setattr(train, "look", look)
+    monkeypatch.setattr(train, "look", lambda net, photos, i: (scores[[i]], maps[[i]]))
     net = model.Net("tiny", ["background", "cat"])
     net.foreground = torch.nn.Conv2d(24, 1, 1).requires_grad_(False)
     photos = data.tagged([""] * 40, [{1}] * 40, net.classes)
