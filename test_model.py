@@ -1661,9 +1661,7 @@ def test_the_readmes_commands_run_as_written(monkeypatch):
         make_voc(name=name, root="VOCdevkit/VOC2012")
     for n, wnid in enumerate(("n01443537", "n01484850", "n01491361")):  # fish: background
         save_photo(f"imagenet/{wnid}/x.JPEG", n, 60, 70)
-    for n in range(4):
-        save_photo(f"photos/{n}.jpg", n)
-    write("tags.csv", "0.jpg,cat\n1.jpg,cat;dog\n2.jpg,dog\n3.jpg,\n")
+    make_folder()
     write("synsets.csv", "n01443537,cat\n")  # one photograph, to be quick
     save_vgg("vgg16_features.pth")
     Path("net_weight_1").touch()
