@@ -191,7 +191,6 @@ def test_padding_centres_cells_on_multiples_of_the_stride(name):
 
 # Bytes of OverFeat's files, and their layers (out, in, kernel, stride, pad) or the side of a pool:
 # from the released sources, not from model.py.
-# fmt: off
 SLOW_OVERFEAT = {
     "overfeat": (578_625_952, [
         (96, 3, 7, 2, 0), 3, (256, 96, 7, 1, 0), 2, (512, 256, 3, 1, 1), (512, 512, 3, 1, 1),
@@ -199,8 +198,7 @@ SLOW_OVERFEAT = {
     "overfeat-fast": (583_683_488, [
         (96, 3, 11, 4, 0), 2, (256, 96, 5, 1, 0), 2, (512, 256, 3, 1, 1), (1024, 512, 3, 1, 1),
         (1024, 1024, 3, 1, 1)]),
-}
-# fmt: on
+}  # fmt: skip
 
 
 def slow_layer(layer, x, values):
