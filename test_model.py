@@ -134,6 +134,13 @@ def make_voc(masks=None, name="val", root="VOC2012"):
     return masks
 
 
+@pytest.fixture
+def toy_run():
+    """out/toy, a finished run, and a photograph to label."""
+    ok(f"{TOY} --steps 2 --out out/toy")
+    save_photo("photo.png", 0, 60, 80)
+
+
 def save_vgg(path, seed=0):
     """A file in the public VGG16's layout, where ReLUs and pools count too, with random numbers."""
     torch.manual_seed(seed)
@@ -1304,13 +1311,6 @@ def test_the_panel_shows_the_prior_and_the_form_that_were_asked_for(toy_run):
 
 
 # ---------------------------------------------------------------- trunks of torch.hub, training labels
-@pytest.fixture
-def toy_run():
-    """out/toy, a finished run, and a photograph to label."""
-    ok(f"{TOY} --steps 2 --out out/toy")
-    save_photo("photo.png", 0, 60, 80)
-
-
 HUBCONF = """
 import torch
 
