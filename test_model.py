@@ -1105,7 +1105,7 @@ def test_weak_training_and_inference_open_no_mask():
     save_vgg("vgg.pth")
     OPENED.clear()
     weak = f"{TRAIN_VOC} --trunk vgg16 --size 64 --weights vgg.pth"
-    ok(f"{weak} --self-steps 2 --self-rounds 1")
+    ok(f"{weak} --self-steps 2")
     ok("infer o/ckpt.pt --voc VOC2012 --set val --out p --prior refine")
     assert sorted(path.stem for path in Path("p").iterdir()) == sorted(masks)
     assert any("JPEGImages" in path for path in OPENED)
@@ -1125,7 +1125,7 @@ def test_weak_training_and_inference_open_no_mask():
 @pytest.mark.parametrize("out", ["o", ".", "photos"])  # where photographs stay as they are
 def test_a_new_run_moves_the_earlier_one_aside(out):
     """Nothing is lost, and labels of its own making are not learned again."""
-    again = f"{FOLDER} --self-steps 2 --self-rounds 1 --out {out}"
+    again = f"{FOLDER} --self-steps 2 --out {out}"
     make_folder()
     ok(again)
     first = Path(out, "ckpt.pt").read_bytes()
@@ -1192,8 +1192,8 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
     refused(f"{rounds} 1 --resume", "at step 6, past the end")
 
     tuned = f"{FOLDER} --train-convs 1 --out tuned"  # the tags have tuned the trunk
-    ok(f"{tuned} --steps 2 --self-steps 0")
-    refused(f"{tuned} --steps 2 --self-steps 2 --resume", "self_steps was 0 and is 2")
+    ok(tuned)
+    refused(f"{tuned} --self-steps 2 --resume", "self_steps was 0 and is 2")
 
 
 def test_a_head_is_refused_on_other_trunk_weights():
@@ -1337,7 +1337,7 @@ def hub(monkeypatch):
 
 def test_a_module_of_torch_hub_trains_and_labels(hub):
     make_folder()
-    small = FOLDER.replace("--trunk tiny --size 32", "--trunk dinov2_vits14 --size 64")
+    small = f"{FOLDER} --trunk dinov2_vits14 --size 64"
     ok(f"{small} --self-steps 2")
     ckpt = model.read_checkpoint("o/ckpt.pt")
     assert not any(name.startswith("trunk.") for name in ckpt["model"])
@@ -1661,8 +1661,8 @@ def test_the_readmes_commands_run_as_written(monkeypatch):
     Path("net_weight_1").touch()
     os.truncate("net_weight_1", SLOW_OVERFEAT["overfeat"][0])
 
-    photographs = "--size 64 --head 8 --self-rounds 1 --self-steps 1 --batch 4"
     masked = "--size 64 --head 8 --batch 4"
+    photographs = f"{masked} --self-steps 1"
     small = {"voc": photographs, "folder": photographs,
              "paper": "--batch 1 --head 8 --workers 0 --synsets synsets.csv"}  # fmt: skip
     ends = "--steps 1 --threshold-images 1 --device cpu"
