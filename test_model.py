@@ -820,7 +820,7 @@ def test_cells_learn_the_labels_of_the_pixels_that_they_see(trunk, size):
 
 @pytest.mark.parametrize("trunk, size", SIZES)
 def test_own_labels_change_where_the_scores_do(trunk, size, monkeypatch):
-    """To the right of x = size / 3 there is a cat: in a photograph twice as wide as high, in cells."""
+    """Right of x = size / 3 there is a cat: in a photograph twice as wide as high, and in cells."""
     net = model.Net(trunk, ["background", "cat"], (2,))
     places = places_of_cells(net, size)
     ramp = torch.tensor(places - size / 3).float().expand(1, 1, len(places), len(places))
@@ -1648,9 +1648,8 @@ def test_the_readmes_forks_and_snippets_run():
     assert sum(counts.values()) == 60 * 80 and set(counts) <= set(data.TOY_CLASSES)
 
 
-def test_the_readmes_commands_run_as_written(monkeypatch):
+def test_the_readmes_commands_run_as_written():
     """Every line that starts with `python `, in order, on tiny data that is called as there."""
-    monkeypatch.setattr(model, "rate", lambda function, tensor: 1.0)  # which takes its time
     for name in ("train", "test", "val"):
         make_voc(name=name, root="VOCdevkit/VOC2012")
     for n, wnid in enumerate(("n01443537", "n01484850", "n01491361")):  # fish: background
