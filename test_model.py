@@ -957,17 +957,16 @@ def test_cached_features_are_the_trunks():
 def test_cache_knows_photographs_by_their_content():
     """The same names in another project, and a photograph that has been replaced."""
     net = model.Net("tiny", ["background", "cat"])
-    features = []
+    features = set()
     for folder, seed in (("one", 0), ("two", 1), ("one", 2)):
         save_photo(f"{folder}/images/0.png", seed)
         photos = data.tagged([f"{folder}/images/0.png"], [{1}], net.classes)
         photos.size = 32
-        features.append(np.array(cached(net, photos).features))
-        assert np.array_equal(cached(net, photos).features, features[-1])
+        for _ in range(2):  # computed, then read
+            features.add(cached(net, photos).features.tobytes())
     net.trunk[0].bias.data += 1  # so does it know other weights
-    features.append(cached(net, photos).features)
-    for one, other in itertools.combinations(features, 2):
-        assert not np.array_equal(one, other)
+    features.add(cached(net, photos).features.tobytes())
+    assert len(features) == 4
     net.amp = True  # and another precision
     cached(net, photos)
     assert len(list(Path("c").glob("*.npy"))) == 5
