@@ -367,10 +367,11 @@ class Scene:
     @functools.cached_property
     def seg(self):
         """The same from segments."""
-        regions, (segments, scores) = self.regions, self.segments
         if self.mcg:
-            mat = Path(self.mcg, f"{self.name}.mat")
-            regions, segments, scores = read_mcg(mat, self.image.shape[:2])
+            path = Path(self.mcg, f"{self.name}.mat")
+            regions, segments, scores = read_mcg(path, self.image.shape[:2])
+        else:
+            regions, (segments, scores) = self.regions, self.segments
         return relative(segment_cover(segments, scores, regions))
 
 
