@@ -41,7 +41,7 @@ VOC_CLASSES = [
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor",
 ]  # fmt: skip
-SYNSETS = Path(__file__).resolve().parent / "assets/synsets.csv"  # those of ILSVRC that are clear
+SYNSETS = Path(__file__).resolve().parent / "assets/synsets.csv"  # one VOC class or none, each
 Image.MAX_IMAGE_PIXELS = 250_000_000  # twice this number is a decompression bomb
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a broken photograph is named by us
 
@@ -176,7 +176,7 @@ def read_rows(path, expected, columns=0):
 # ---------------------------------------------------------------- label PNGs and photographs
 @functools.cache
 def voc_palette():
-    """The devkit's colours, (256, 3) uint8: the index's bits by threes are R, G, B, 128 first."""
+    """The devkit's colours, (256, 3) uint8: bits 0, 3, 6 of an index are R's 128, 64, 32; so on."""
     bits = np.arange(256)[:, None] >> np.arange(9) & 1  # lowest first
     return (bits.reshape(256, 3, 3) * [[128], [64], [32]]).sum(1).astype(np.uint8)
 
@@ -250,7 +250,7 @@ def load_image(path, near=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert("RGB"))
-        least = 64 if deep else 16  # Pillow makes such of 12 or 14-bit values in 16-bit colours
+        least = 64 if deep else 16  # darker: 12 or 14 bits, of which Pillow takes the upper 8 of 16
         if pixels.max() < least:
             raise ValueError(f"black: no value is above {pixels.max()} of 255")
         return pixels
@@ -271,7 +271,7 @@ class Photos:
     the place of pixels; mirrored, they are nearly those of the mirrored photograph."""
 
     paths: list  # files, or arrays (H, W, 3) uint8 already in memory
-    tags: torch.Tensor  # (N, K) float32 of 0/1
+    tags: torch.Tensor  # (N, K) float32 of 0/1; background only where there is no object
     classes: list  # K names
     size: int = 0  # pixels along each side of what indexing gives
     crop: bool = False  # squares cropped (the paper) instead of whole photographs squashed

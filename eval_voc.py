@@ -57,7 +57,7 @@ def summarise(matrix, classes, images):
     """A confusion (K, K) as JSON-ready percentages; mean_iou is VOC's: None if one is undefined.
 
     mean_iou_defined: over the classes that occur; mean_accuracy: mean recall, as in Table 2.
-    A column K holds pixels without a label. Raises InputError where no true mask has an object."""
+    matrix may have a column K, of pixels without a label. Raises InputError where no true mask has an object."""
     if not matrix[1:].any():
         raise InputError(f"{images} true masks hold no object; expected class indices, not 255")
     report = {"images": images}
@@ -179,7 +179,7 @@ def attempt(function, items):
 
 
 def read_prediction(path, classes, known_tags_allowed=False):
-    """Labels (H, W) of a PNG; raises InputError where its notes say that they are others."""
+    """Labels (H, W) of a PNG; raises InputError where they are of other classes, or made with known tags."""
     labels = data.read_labels(path)
     meant, comment = data.read_notes(path)
     if meant and meant != ";".join(classes):

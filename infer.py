@@ -6,7 +6,8 @@
     python infer.py CKPT --voc VOC2012 --set val --out out/val    # ready for eval_voc.py score
     python infer.py CKPT --voc VOC2012 --set train --known-tags   # labels to train other networks
 
-No true label is read here, but for --known-tags. What is above 1,000 px is labelled at 1,000 px.
+No mask is read here, and tags only for --known-tags. A photograph above 1,000 px is labelled at
+that size, and its labels enlarged.
 Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
 """
 
@@ -49,7 +50,8 @@ def timed(part):
 def predict(net, image, tagged=None):
     """Eq. 2 of an image (H, W, 3) uint8: p (K, H, W) at every pixel, q (K,) of the whole image.
 
-    tagged: where tags are known, their indices (C,), background's first; p is then (C, H, W).
+    p sees the learned foreground, q does not. tagged: where tags are known, their indices (C,),
+    background's first; p is then (C, H, W).
     Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer."""
     H, W = image.shape[:2]
     device = net.mean.device
@@ -286,8 +288,8 @@ def relative(objectness):
 def pixel_adaptive(planes, image, rounds, dilations=(1, 2, 4, 8), width=0.1):
     """Pixel-adaptive refinement (Araslanov & Roth, CVPR 2020): means of neighbours of like colour.
 
-    planes (K, h, w) float, image (h, w, 3) uint8 -> (K, h, w) float32. A neighbour's weight is the
-    softmax, over the 8 directions at each dilation (pixels), of minus the mean over channels of
+    planes (K, h, w) float, image (h, w, 3) uint8 -> (K, h, w) float32. A pixel has 8 neighbours at
+    each dilation (pixels); their weights are one softmax of minus the mean over channels of
     |colour difference| / (width * local standard deviation)."""
     (h, w), margin = image.shape[:2], max(dilations)
     around = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
@@ -330,7 +332,7 @@ def labels_from_tags(p, classes, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
     classes (C,): indices of background and of its tags; p (C, H, W): theirs alone."""
-    share = refine(p, image, regions, rounds=10)  # more: what teaches is surer, if less whole
+    share = refine(p, image, regions, rounds=10)  # twice the prior's: surer, if less whole
     labels = classes[share.argmax(0)]
     return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 
@@ -355,7 +357,7 @@ class Scene:
 
     @functools.cached_property
     def bb(self):
-        """p(pixel in an object) from boxes, (H, W), `relative` to the picture's."""
+        """p(pixel in an object) from boxes, (H, W), made `relative`."""
         if self.boxes:
             path = Path(self.boxes, f"{self.name}.txt")
             boxes, scores = read_boxes(path, self.photo_shape)
@@ -375,7 +377,7 @@ class Scene:
         return relative(segment_cover(segments, scores, regions))
 
 
-PRIORS = {  # name: f(p (K, H, W), Scene) -> labels (H, W)
+PRIORS = {  # name: f(p (K, H, W) after Eq. 7, Scene) -> labels (H, W)
     "none": lambda p, scene: p.argmax(0),
     "sppxl": lambda p, scene: vote(p.argmax(0), scene.regions),
     "bb": lambda p, scene: thresholded(p, scene.bb, scene.delta["bb"]),
@@ -384,11 +386,11 @@ PRIORS = {  # name: f(p (K, H, W), Scene) -> labels (H, W)
 }
 
 
-def fit_thresholds(net, samples, shrink=3, steps=50):
+def fit_thresholds(net, samples, borrowed=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them. A class found in n images weighs its own IoU n against `shrink` times the mean
+    makes from them. A class found in n images weighs its own IoU n against `borrowed` times the mean
     of all objects. Thresholds are multiples of 1 / steps. Returns {} if no image has an object."""
     K, names = len(net.classes), ("bb", "seg")
     hits = np.zeros((len(names), steps, K))  # right pixels above each threshold
@@ -413,7 +415,7 @@ def fit_thresholds(net, samples, shrink=3, steps=50):
     if not objects:
         return {}  # nothing to fit them on
     iou = hits / np.maximum(drawn + area - hits, 1)  # (2, steps, K)
-    weighed = images * iou + shrink * iou[..., 1:].mean(2, keepdims=True)
+    weighed = images * iou + borrowed * iou[..., 1:].mean(2, keepdims=True)
     deltas = weighed.argmax(1) / steps  # (2, K)
     return dict(zip(names, deltas.tolist()))
 
@@ -490,7 +492,7 @@ def overlapped(work, predictions, workers=0):
         torch.set_num_threads(max(1, threads - workers))  # the rest are the network's
     else:
         pool = ThreadPoolExecutor(1)
-        sys.setswitchinterval(2e-4)  # the network's thread waits so long for that of the priors
+        sys.setswitchinterval(2e-4)  # seconds that the network waits for the other thread
     jobs = collections.deque()
     try:
         with pool:
@@ -538,7 +540,7 @@ def add_options(parser):
     add("--boxes", metavar="DIR", help="<image>.txt, lines x0 y0 x1 y1 score, for bb [our own]")
     add("--mcg", metavar="DIR", help="MCG's <image>.mat candidates, for seg [our own]")
     add("--dense", type=int, metavar="F", help="score grid F times finer [the checkpoint's]")
-    add("--sides", type=numbers, metavar="N,N", help="see images at N x N [the checkpoint's]")
+    add("--sides", type=numbers, metavar="M,M", help="see images at areas M x M [the checkpoint's]")
     add("--workers", type=int, choices=range(65), default=0, metavar="N", help="for the priors [0]")
     add("--device", type=model.pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
@@ -569,7 +571,7 @@ def is_ours(path):
     if path.suffix == ".png":
         return bool(data.read_notes(path)[0])
     with data.reading(path, "the scores of --soft"), np.load(path) as content:
-        return "image_scores" in content
+        return content.files == ["p", "q", "classes"]
 
 
 def files_to_label(args, tags):
@@ -643,7 +645,7 @@ def write_labels(args, classes, scene_of, predicted):
             picture = Image.fromarray(overlay(photo, labels))
             data.save_png(f"{out}_overlay.png", picture, classes, compress_level=1)  # in a third
         if args.soft:
-            content = {"scores": p.astype(np.float16), "image_scores": q, "classes": classes}
+            content = {"p": p.astype(np.float16), "q": q, "classes": classes}
             data.write_atomically(f"{out}.npz", lambda f: np.savez_compressed(f, **content))
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     return {classes[k]: counts[k] / labels.size for k in np.argsort(-counts[: len(classes)])}
@@ -658,7 +660,7 @@ def parse():
     add("--voc", metavar="DIR", help="label a set of this devkit instead")
     add("--set", metavar="NAME", help="which set of --voc [val]")
     add("--out", default="out/labels", metavar="DIR", help="where to write [out/labels]")
-    add("--soft", action="store_true", help="also write p after Eq. 7, not smoothed, and q as .npz")
+    add("--soft", action="store_true", help="also write p (after Eq. 7) and q as .npz")
     add("--panel", metavar="FILE", help="draw how the first 20 images came about")
     add("--prior", choices=list(PRIORS), help="what smooths the labels [refine]")
     add("--ilp", action=argparse.BooleanOptionalAction, default=True, help="use Eq. 7 [yes]")

@@ -1,6 +1,6 @@
 """The network of Pinheiro & Collobert (CVPR 2015): trunk -> head -> aggregation.
 
-    python model.py                        # the trunks: stride, receptive field, parameters, GFLOPs
+    python model.py                        # the trunks: stride, field with the head, GFLOPs
     python model.py overfeat               # its layer table at 400x400, as in Table 1 of the paper
     python model.py vgg16 --bench          # and images per second here, in fp32 and bf16
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     out: int  # output channels; 0 in a pool
     kernel: int  # side of the window
     stride: int = 1
-    pad: int = 0  # zeros on all four sides
+    pad: int = 0  # zeros (in a pool: -inf) on all four sides
     dilation: int = 1
 
 
@@ -50,7 +50,7 @@ class Trunk(NamedTuple):
     size: int  # side of a training image, pixels
     tuned: int = 0  # last convolutions that labels train, unless --train-convs says otherwise
     feature_scale: float = 1.0  # multiplies the features, so that a fresh head sees values around 1
-    weights: str = ""  # where its public weights are: an address, "file" (the user's), "" (none)
+    weights: str = ""  # its public weights: an address; "file": the user's, as OverFeat's; "": none
     public: str = ""  # their fingerprint; others are used, but told of
     hub: tuple = ()  # of a module: repository, its entry, f(module, images) -> (B, D, h, w)
 
@@ -197,7 +197,7 @@ def tag_loss(image_scores, tags):
 
 
 def sigmoid_loss(image_scores, tags):
-    """The same, with every class on its own: means over the classes."""
+    """Binary cross-entropy of each class on its own, background too: the mean over them (B,)."""
     return F.binary_cross_entropy_with_logits(image_scores, tags, reduction="none").mean(1)
 
 
@@ -211,7 +211,8 @@ def pixel_loss(scores, labels):
     """Cross-entropy of each image's labelled cells, those of background and of objects halves each.
 
     scores (B, K, h, w), labels (B, h, w), void left out -> (B,). Balanced as the seeding loss of
-    Huang et al. (CVPR 2018): however small an object is, it counts as much as what surrounds it."""
+    Huang et al. (CVPR 2018): however small an object is, it counts as much as what surrounds it.
+    An image of background alone counts half."""
     losses = F.cross_entropy(scores, labels.long(), ignore_index=VOID, reduction="none")
     halves = []
     for cells in (labels == 0, (labels > 0) & (labels != VOID)):
@@ -288,7 +289,7 @@ class Net(nn.Module):
         convs = iter(convs)
         for row in rows:
             if row.kind == "pool":
-                x = F.max_pool2d(x, row.kernel, row.stride, dilation=row.dilation)
+                x = F.max_pool2d(x, row.kernel, row.stride, row.pad, row.dilation)
             elif row.kind == "module":
                 h, w = (n // row.stride * row.stride for n in x.shape[2:])
                 x = self.spec.hub[2](next(convs), x[:, :, :h, :w])
@@ -317,39 +318,31 @@ class Net(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
 
-    def beneath(self, features, rows=None):
+    def beneath(self, maps, rows=None):
         """The trunk's maps (B, D, h', w'), cropped to the cells of `scores`: (B, D, h, w)."""
         rows = rows or self.head_rows
-        h, w = (out_size(n, rows) for n in features.shape[2:])
+        h, w = (out_size(n, rows) for n in maps.shape[2:])
         first = int(geometry(rows)[2])
-        return features[:, :, first : first + h, first : first + w]
+        return maps[:, :, first : first + h, first : first + w]
 
-    def pixel_scores(self, scores, features):
-        """Scores of the labels: the background's, less the foreground (train.learn_foreground).
+    def pixel_scores(self, scores, maps):
+        """Scores (B, K, h, w) of the labels: the background's less the learned foreground.
 
-        scores (B, K, h, w), features beneath them (B, D, h, w)."""
-        foreground = self.foreground(of_mean_one(features)).float()
+        maps: the trunk's beneath them (B, D, h, w); the foreground: train.learn_foreground."""
+        foreground = self.foreground(of_mean_one(maps)).float()
         return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
 
-    def tagged_scores(self, scores, features, tagged, background=0.3, sharpness=3):
-        """The same where tags are known: (1, C, h, w) of background and an image's C - 1 tags.
+    def tagged_scores(self, scores, maps, tagged, background=0.3, sharpness=3):
+        """The same of one image whose tags are known: (1, C, h, w) of background and its tags.
 
-        tagged: their indices, background's first. The mean of two log-probabilities. In the first,
-        of the scores, a frequent class takes the places of a rare one (a rider those of the horse).
-        The second gives each tag its own map: its score less the mean class's and less its median,
-        averaged over cells that look alike to the trunk, and scaled to 0..1. `background` is what
-        an object has to exceed there, `sharpness` an exponent."""
-        by_scores = self.pixel_scores(scores, features)[:, tagged].log_softmax(1)
-
-        margin = (scores[:, tagged[1:]] - scores.mean(1, keepdim=True)).flatten(2)
-        above = F.relu(margin - margin.median(2, keepdim=True).values)
-        spread = above @ affinity(features)  # (1, C - 1, h * w)
-        low, high = spread.amin(2, keepdim=True), spread.amax(2, keepdim=True)
-        share = (spread - low) / (high - low).clamp(min=1e-6)
-        objects = share.clamp(min=1e-3).log().unflatten(2, scores.shape[2:])
+        tagged: their indices (C,), background's first. The mean of two log-softmaxes: of the
+        scores, where a frequent class suppresses a rare one (a rider the horse), and of `tag_maps`,
+        where it cannot. There `background` is what an object has to exceed, `sharpness` a power."""
+        by_scores = self.pixel_scores(scores, maps)[:, tagged].log_softmax(1)
+        objects = tag_maps(scores, maps, tagged[1:]).clamp(min=1e-3).log()
         elsewhere = torch.full_like(scores[:, :1], math.log(background))
         map_scores = sharpness * torch.cat([elsewhere, objects], 1)
-        by_maps = self.pixel_scores(map_scores, features).log_softmax(1)
+        by_maps = self.pixel_scores(map_scores, maps).log_softmax(1)
         return (by_scores + by_maps) / 2
 
     def forward(self, images):
@@ -386,16 +379,29 @@ def of_mean_one(maps):
     return maps / maps.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
-def affinity(features, power=2):
-    """How alike the cells of features (1, D, h, w) are: (h * w, h * w), of columns that sum to 1.
+def tag_maps(scores, maps, tags):
+    """Where each tag is, in 0..1, whatever the others' scores: (1, C, h, w) of indices tags (C,).
+
+    scores (1, K, h, w), the trunk's maps beneath them (1, D, h, w). A tag's score less the mean
+    over all classes, where it is above its median; averaged over cells that look alike."""
+    margin = (scores[:, tags] - scores.mean(1, keepdim=True)).flatten(2)
+    above = F.relu(margin - margin.median(2, keepdim=True).values)
+    spread = above @ affinity(maps)  # (1, C, h * w)
+    low, high = spread.amin(2, keepdim=True), spread.amax(2, keepdim=True)
+    share = (spread - low) / (high - low).clamp(min=1e-6)
+    return share.unflatten(2, scores.shape[2:])
+
+
+def affinity(maps, power=2):
+    """How alike the cells of maps (1, D, h, w) are: (h * w, h * w), of columns that sum to 1.
 
     x @ affinity averages x (..., h * w) over like cells. Signed square roots, less their mean over
     the cells; their cosines, where they are positive, to a power."""
-    vectors = features[0].flatten(1)  # (D, h * w)
+    vectors = maps[0].flatten(1)  # (D, h * w)
     roots = vectors.sign() * vectors.abs().sqrt()
     cells = F.normalize(roots - roots.mean(1, keepdim=True), dim=0)
-    alike = F.relu(cells.T @ cells) ** power
-    return alike / alike.sum(0).clamp(min=1e-6)
+    similarity = F.relu(cells.T @ cells) ** power
+    return similarity / similarity.sum(0).clamp(min=1e-6)
 
 
 def upsample(scores, size, step, offset, seen=None):
@@ -414,12 +420,12 @@ def upsample(scores, size, step, offset, seen=None):
 
 # ---------------------------------------------------------------- weights of the public trunks
 def hub_module(repository, name):
-    """A network of torch.hub, whose code runs here, without weights. Raises OSError."""
+    """A module of torch.hub, whose code runs here, without weights. Raises OSError."""
     try:
         options = {"pretrained": False, "trust_repo": True, "verbose": False}
         return torch.hub.load(repository, name, **options).eval()
-    except Exception as e:  # the network's errors, and whatever foreign code raises
-        why = f"no code of torch.hub's {repository} ({e}); needs a network, or a checkout of it"
+    except Exception as e:  # of the connection, and whatever foreign code raises
+        why = f"no code of torch.hub's {repository} ({e}); needs the internet, or a checkout of it"
         raise OSError(None, why, name) from e
 
 
@@ -484,7 +490,7 @@ FORMAT = 2  # of a checkpoint; one of another edition is refused
 
 
 def public_names(net):
-    """What the names of the weights that a checkpoint leaves out begin with: a frozen trunk's."""
+    """How the names of those weights begin that a checkpoint leaves out: frozen public ones."""
     return tuple(f"trunk.{i}." for i in range(net.frozen_convs if net.spec.weights else 0))
 
 
@@ -602,7 +608,7 @@ def main():
     parser.add_argument("--bench", action="store_true", help="measure the trunk in fp32 and bf16")
     parser.error = lambda message: parser.exit(2, f"model.py: {message} (see --help)\n")
     args, device = parser.parse_args(), pick_device()
-    rows_alone = [name for name in TRUNKS if not TRUNKS[name].hub]  # hub's need a network
+    rows_alone = [name for name in TRUNKS if not TRUNKS[name].hub]  # hub's need the internet
     for name in [args.trunk] if args.trunk else rows_alone:
         net = Net(name, ["background"] * 21).to(device).to(memory_format=torch.channels_last).eval()
         size, depth = net.spec.size, len(net.spec.rows)

@@ -1,7 +1,7 @@
 """Train from image tags alone: the hand-written loop of section 4.1.
 
     python train.py                                       # = train.py toy: no data, minutes
-    python train.py voc --voc VOC2012 --weights vgg16.pth --background DIR
+    python train.py voc --voc VOC2012 --weights vgg16_features.pth --background DIR
     python train.py paper --imagenet DIR --weights net_weight_1
     python train.py folder --images DIR --tags tags.csv   # own classes: file,tag;tag;...
     torchrun --nproc_per_node 8 train.py paper ...        # the same on 8 GPUs (or CPU processes)
@@ -45,24 +45,25 @@ RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one
 
 
 # ---------------------------------------------------------------- settings
+TAKES = "N: 0, 1, ...; M: 1, 2, ...; M,M: several; K: N or -1; X: 0 or more; P: X below 1"
+
+
 @dataclasses.dataclass
 class Settings:
-    """Every setting is a flag; its comment is its help, whose first word says what it takes.
-
-    N: 0, 1, ...; M: 1, 2, ...; N,N: several M; K: N or -1; X: 0 or more; P: X below 1."""
+    """Every setting is a flag; its comment is its help, whose first word says what it takes."""
 
     # what a preset needs
     voc: str = ""  # DIR: voc: the devkit's VOC2012 folder
     imagenet: str = ""  # DIR: paper: folder of <wnid>/ folders
     images: str = ""  # DIR: folder: your photographs
     tags: str = ""  # FILE: folder: CSV of file,tag;tag;...
-    weights: str = ""  # FILE: the trunk's weights [vgg16's are fetched]
+    weights: str = ""  # FILE: the trunk's weights [overfeat needs it; others are fetched]
 
     # data
     set: str = "train"  # NAME: the VOC set to train on
     background: str = ""  # DIR: voc: ImageNet folder whose non-VOC photographs become background
     synsets: str = ""  # FILE: CSV of wnid,class in place of assets/synsets.csv
-    masks: str = ""  # DIR: label PNGs to learn per pixel, true or infer.py's
+    masks: str = ""  # DIR: label PNGs to learn per pixel, true or infer.py's; no self-training
     cache: str = ""  # DIR: the frozen trunk's features [voc, folder: OUT/cache; no: none]
     limit: int = 0  # N: use this many images at most, spread over the set [all]
     size: int = 0  # N: side of a training image, pixels [vgg16 320, overfeat 400, tiny 96]
@@ -72,14 +73,14 @@ class Settings:
     # network
     trunk: str = "vgg16"  # NAME: feature extractor (paper: overfeat)
     train_convs: int = 0  # K: last trunk convolutions to learn labels (paper: 0; -1: all) [vgg16 3]
-    head: tuple = ()  # N,N: hidden widths (paper: 1024,768,512) [the trunk's own]
-    kernel: tuple = (3,)  # N,N: kernel sides of the head, the last for the rest (paper: 3)
+    head: tuple = ()  # M,M: hidden widths (paper: 1024,768,512) [the trunk's own]
+    kernel: tuple = (3,)  # M,M: kernel sides of the head, the last for the rest (paper: 3)
     aggregation: str = "lse"  # NAME: score map -> image scores, Eq. 4 to 6
     r: float = 5.0  # X: sharpness of lse (paper: 5)
     loss: str = "softmax"  # NAME: of the tags (paper: softmax, Eq. 2)
     dropout: float = 0.5  # P: in the head (paper: 0.5)
     dense: int = 1  # M: labelling: score grid so many times finer than the stride
-    sides: tuple = ()  # N,N: labelling: see images at areas N x N [voc, folder: SIZE]
+    sides: tuple = ()  # M,M: labelling: see images at areas M x M [voc, folder: SIZE]
 
     # optimiser
     optimizer: str = "sgd"  # NAME: adam is AdamW (paper: sgd)
@@ -121,7 +122,7 @@ PRESETS = {
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300},
 }
 OWN = {"toy": ["toy_images", "toy_scenes"], "voc": ["voc", "set"], "paper": ["imagenet"],
-       "folder": ["images", "tags"]}  # what a preset alone reads, and has to be given
+       "folder": ["images", "tags"]}  # what one preset alone reads, and cannot be empty
 CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": list(LOSSES),
            "optimizer": ["sgd", "adam"], "schedule": ["steps", "cosine"]}
 RANGES = {"N": (0, 2**32), "M": (1, 2**32), "X": (0, math.inf), "P": (0, 1)}  # low <= x < high
@@ -160,7 +161,7 @@ def train(net, batches, optimizer, s, stage, first, record):
         # Loss: of the tags and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
         tag_losses = net.loss(image_scores, tags)  # (B,), Eq. 3
-        loss = tag_losses.sum() / total(tags.any(1))  # the images of all processes
+        loss = tag_losses.sum() / total(tags.any(1))  # images read by all processes: all are tagged
         if labels is not None:
             labelled = (labels != VOID).any(2).any(1)  # (B,)
             image_losses = pixel_loss(scores.float(), labels)
@@ -368,7 +369,7 @@ def learn_foreground(net, photos, s, steps=250, batch=32, most=1600):
 
 
 def cosines(a, b):
-    """Of unit vectors (N, D) and (M, D): (N, M), kept off 0 and 1, whose logarithms have no end."""
+    """Of unit vectors (N, D) and (M, D): (N, M), in 0..1, and log(x) and log(1 - x) finite."""
     return (a @ b.T).clamp(1e-4, 1 - 1e-4)
 
 
@@ -420,18 +421,26 @@ def settings_help():
     return found
 
 
+def as_flag(value):
+    """A setting's value as its flag takes it: (3, 1) as 3,1."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def parse(argv):
     """Command line -> (preset, Settings, {what was given}); refuses unknown flags and values."""
     usage = "train.py [toy|voc|paper|folder] [--setting value ...]"
-    parser = data.Parser(description=__doc__, usage=usage, argument_default=argparse.SUPPRESS)
+    options = {"usage": usage, "epilog": TAKES, "argument_default": argparse.SUPPRESS}
+    parser = data.Parser(description=__doc__, **options)
     parser.add_argument("preset", nargs="?", default="toy", help=f"{', '.join(PRESETS)} [toy]")
     described, groups = settings_help(), {}
     for field in dataclasses.fields(Settings):
         group, takes, text = described[field.name]
-        values = [f"{name} {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
-        shown = values if "[" in text else [str(field.default), *values]
-        if shown:
-            text = f"{text} [{'; '.join(shown)}]"
+        values = [] if "[" in text else [as_flag(field.default)]
+        for name, preset in PRESETS.items():
+            if field.name in preset:
+                values.append(f"{name} {as_flag(preset[field.name])}")
+        if values:
+            text = f"{text} [{'; '.join(values)}]"
         if field.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         else:
@@ -504,8 +513,8 @@ def problem(preset, s, given):
         return f"--{e}"
     in_vain = {
         "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
-        "dropout": not widths, "r": s.aggregation != "lse", "trunk_lr": not s.train_convs,
-        "self_rounds": not s.self_steps, "sure": not s.self_steps,
+        "dropout": not widths, "r": s.aggregation in ("max", "mean", "sum"),
+        "trunk_lr": not s.train_convs, "self_rounds": not s.self_steps, "sure": not s.self_steps,
         "foreground": not s.cache or not (s.self_steps or s.masks),
         "background": preset != "voc", "synsets": not s.imagenet and not s.background,
         "limit": toy, "masks": toy,
@@ -566,7 +575,8 @@ def read_resumed(path, record, net):
         fixed = [name for name in now if name not in MAY_CHANGE]
         if not ckpt["optimizer"]:
             raise ValueError("a head.pt, which keeps no optimiser")
-        if ckpt["step"] > min(was["steps"], now["steps"]):  # past what those decide
+        self_training = ckpt["step"] > min(was["steps"], now["steps"])  # by either count
+        if self_training:
             fixed += ["steps", "self_steps"]
         elif bool(was["self_steps"]) != bool(now["self_steps"]) and now["train_convs"]:
             fixed += ["self_steps"]  # whether tags have tuned the trunk
@@ -660,6 +670,8 @@ def describe(preset, s, given, net, photos):
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frozen = f", frozen trunk {fingerprint(net.frozen_layers)}" if net.frozen_convs else ""
     print(f"{s.trunk}: {trained:,} trained parameters{frozen}")
+    if frozen and not net.spec.weights:
+        print("warning: a frozen trunk of random weights; give --train-convs -1 --self-steps 0")
     print(f"given: {', '.join(f'{name}={value}' for name, value in given.items()) or 'nothing'}")
 
 
@@ -684,8 +696,8 @@ def cached(net, photos, s):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=net.amp):
             return torch.cat([net.frozen(part) for part in images.split(4)])
 
-    weights = fingerprint(net.frozen_layers)
-    network = f"{s.trunk} {weights} {len(net.frozen_rows)} rows, bfloat16 {net.amp}"
+    made_of = (fingerprint(net.frozen_layers), net.frozen_rows, net.spec.mean, net.spec.std)
+    network = f"{s.trunk} {made_of} bfloat16 {net.amp}"
     with first_process_first():
         return data.with_features(photos, compute, network, s.cache, s.workers, s.jitter)
 
@@ -721,7 +733,7 @@ def finish(net, photos, s, record, scenes):
     out = Path(s.out)
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
-    if s.cache and s.masks:  # self-training has learned it already
+    if s.cache and s.masks:  # after which no self-training has learned the foreground
         learn_foreground(net, photos, s)
         ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
         ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
@@ -777,7 +789,7 @@ def main():
         data.write_json(out / "settings.json", {**record, **how})
         begin_log(out / "log.csv", saved["step"])
 
-    # The first stage learns the tags; each later one also labels that the net has made itself.
+    # The first stage learns the tags, and masks if given; a later one labels of the net's own, too.
     rounds = s.self_rounds if s.self_steps else 0
     for turn in range(1 + rounds):
         begin = s.steps + (turn - 1) * s.self_steps if turn else 0
@@ -788,8 +800,9 @@ def main():
         if turn:
             made = first > begin
             photos.labels = round_labels(net, photos, s, out / f"self{turn}.npy", made)
-        # If labels will come the trunk waits for them: from tags its q get worse (README.md).
-        net.trunk[net.frozen_convs :].requires_grad_(turn > 0 or not rounds)
+        # If labels will come the trunk waits for them: tuned on tags it finds these less well.
+        trunk_learns = turn > 0 or rounds == 0
+        net.trunk[net.frozen_convs :].requires_grad_(trunk_learns)
         optimizer = make_optimizer(net, s, device)
         if first > begin:
             optimizer.load_state_dict(saved["optimizer"])
