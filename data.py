@@ -473,7 +473,7 @@ def with_background(tags):
     return np.union1d(0, np.flatnonzero(tags))
 
 
-def tagged(paths, tags, classes):
+def tagged_photos(paths, tags, classes):
     """Photos of these paths; tags: the set of each one's class indices, empty for background."""
     matrix = torch.zeros(len(paths), len(classes))
     for row, present in zip(matrix, tags):
@@ -581,7 +581,7 @@ def voc_photos(voc, name, with_masked=False):
         xml = Path(voc, "Annotations", f"{i}.xml")
         tags.append(set.union(*listed[i]) if i in listed else xml_tags(xml))
         paths.append(Path(voc, "JPEGImages", f"{i}.jpg"))
-    return tagged(paths, tags, VOC_CLASSES)
+    return tagged_photos(paths, tags, VOC_CLASSES)
 
 
 def image_files(folder):
@@ -619,7 +619,7 @@ def folder_photos(folder, tags):
     if not 2 <= len(classes) <= VOID:
         raise InputError(f"{tags}: {len(classes) - 1} classes; expected 1 to {VOID - 1}")
     indices = [{classes.index(name) for name in present} for present in names.values()]
-    return tagged(names, indices, classes)
+    return tagged_photos(names, indices, classes)
 
 
 def imagenet_photos(folder, synsets=""):
@@ -639,7 +639,7 @@ def imagenet_photos(folder, synsets=""):
             tags += [{table[wnid]}] * len(found)
     if not paths:
         raise InputError(f"{folder}: no folder that {path} lists; expected n02123045/x.JPEG")
-    return tagged(paths, tags, VOC_CLASSES)
+    return tagged_photos(paths, tags, VOC_CLASSES)
 
 
 # ---------------------------------------------------------------- the toy set
@@ -704,7 +704,7 @@ def toy_photos(seed, n, size=96):
         objects, distractors = int(rng.integers(1, 3)), int(rng.integers(0, 3))
         images.append(toy_scene(rng, size, kinds * objects, distractors)[0])
     tags = [set(map(TOY_CLASSES.index, kinds)) for kinds in names]
-    return tagged(images, tags, TOY_CLASSES)
+    return tagged_photos(images, tags, TOY_CLASSES)
 
 
 def toy_scenes(seed, n, size=144):

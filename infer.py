@@ -54,7 +54,7 @@ def predict(net, image, tagged=None):
     background's first; p is then (C, H, W).
     Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer."""
     H, W = image.shape[:2]
-    device = net.mean.device
+    device = net.device
     sides = net.sides or (math.sqrt(H * W),)
     scores, image_scores = 0, 0
     for side in sides:

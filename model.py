@@ -278,6 +278,10 @@ class Net(nn.Module):
     def frozen_layers(self):
         return self.trunk[: self.frozen_convs]
 
+    @property
+    def device(self):
+        return self.mean.device
+
     def train(self, mode=True):
         """As for any module, but a pretrained one in the trunk keeps to inference."""
         super().train(mode)

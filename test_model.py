@@ -769,7 +769,9 @@ def test_missing_and_broken_photographs_are_left_out_and_named_once(cache):
 
 
 def test_more_than_one_broken_photograph_in_100_ends_the_run():
-    photos = data.tagged([f"{n}.png" for n in range(200)], [{1}] * 200, ["background", "cat"])
+    photos = data.tagged_photos(
+        [f"{n}.png" for n in range(200)], [{1}] * 200, ["background", "cat"]
+    )
     known = {}
     data.note_broken(photos, {3: "3.png: cut", 5: "5.png: cut"}, known)
     with pytest.raises(data.InputError, match="3 of 200 photographs cannot be read"):
@@ -843,7 +845,7 @@ def test_own_labels_change_where_the_scores_do(trunk, size, monkeypatch):
         return labels[0]
 
     monkeypatch.setattr(infer, "labels_from_tags", without_smoothing)
-    photos = data.tagged([random_image(0, size, 2 * size)], [{1}], net.classes)
+    photos = data.tagged_photos([random_image(0, size, 2 * size)], [{1}], net.classes)
     cells = train.own_labels(net, photos, train.Settings(size=size))
     in_photo = (np.arange(size) + 0.5) * size / labels[0].shape[1] - 0.5  # of each column
     assert np.array_equal(labels[0], np.tile(in_photo > size / 3, (len(labels[0]), 1)))
@@ -917,7 +919,7 @@ def test_foreground_is_found_without_labels(monkeypatch):
     monkeypatch.setattr(train, "look", lambda net, photos, i: (scores[[i]], maps[[i]]))
     net = model.Net("tiny", ["background", "cat"])
     net.foreground = torch.nn.Conv2d(24, 1, 1).requires_grad_(False)
-    photos = data.tagged([""] * 40, [{1}] * 40, net.classes)
+    photos = data.tagged_photos([""] * 40, [{1}] * 40, net.classes)
     train.learn_foreground(net, photos, train.Settings(foreground=2.0))
     foreground = net.foreground(model.of_mean_one(maps))[:, 0]
     assert ((foreground > 0) == (objects > 0)).float().mean() > 0.95
@@ -968,7 +970,7 @@ def test_cache_knows_photographs_by_their_content():
     features = set()
     for folder, seed in (("one", 0), ("two", 1), ("one", 2)):
         save_photo(f"{folder}/images/0.png", seed)
-        photos = data.tagged([f"{folder}/images/0.png"], [{1}], net.classes)
+        photos = data.tagged_photos([f"{folder}/images/0.png"], [{1}], net.classes)
         photos.size = 32
         for _ in range(2):  # computed, then read
             features.add(cached(net, photos).features.tobytes())

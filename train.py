@@ -140,7 +140,7 @@ def train(net, batches, optimizer, s, stage, first, record):
 
     batches: of each step (images or cached features, tags (B, K), cell labels (B, h, w) or None).
     stage: a range, steps that share a schedule; first: the first to do, later on if resumed."""
-    out, device = Path(s.out), net.mean.device
+    out, device = Path(s.out), net.device
     trained = [p for p in net.parameters() if p.requires_grad]
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     losses, start = [], time.perf_counter()
@@ -317,7 +317,7 @@ def mask_labels(net, photos, masks, s):
 def look(net, photos, i):
     """What the net gives for photo i: scores (1, K, h, w), the maps beneath them (1, D, h, w)."""
     _, features, _ = photos[i, 0.0]  # cached, not mirrored
-    features = features[None].to(net.mean.device).float()
+    features = features[None].to(net.device).float()
     with torch.autocast(features.device.type, torch.bfloat16, enabled=net.amp):
         maps = net.tuned(features)
         scores = net.scores(maps)
@@ -659,7 +659,7 @@ def describe(preset, s, given, net, photos):
         raise InputError("no photograph has an object; expected some of each class")
     kinds = f"{len(photos) - none:,} with objects, {none:,} of background alone"
     precision = " in bfloat16" if net.amp else ""
-    print(f"{preset} on {net.mean.device}{precision}: {len(photos):,} images, {kinds}")
+    print(f"{preset} on {net.device}{precision}: {len(photos):,} images, {kinds}")
     counts = dict(zip(photos.classes, photos.tags.sum(0).int().tolist()))
     print(f"tags: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
     absent = [name for name in photos.classes[1:] if not counts[name]]
@@ -692,7 +692,7 @@ def cached(net, photos, s):
     """The photos with their frozen features, computed where the cache does not hold them."""
 
     def compute(images):
-        images = images.to(net.mean.device)
+        images = images.to(net.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=net.amp):
             return torch.cat([net.frozen(part) for part in images.split(4)])
 
