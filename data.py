@@ -125,6 +125,26 @@ def claim(out):
     return lock
 
 
+def move_aside(folder, files):
+    """Put those files of an earlier run that there are into a folder of their own, folder/run<n>."""
+    files = [path for path in files if path.exists()]
+    if not files:
+        return
+    number = 1
+    while (aside := Path(folder, f"run{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for path in files:
+        path.rename(aside / path.name)
+    print(f"{folder}: the run that was there is now in {aside}")
+
+
+@functools.cache
+def say_once(text):
+    """A line on stderr, if this process has not printed it before."""
+    print(text, file=sys.stderr)
+
+
 def write_atomically(path, write):
     """Call write(file) on a temporary file beside path, then rename: path is whole or as before."""
     path = Path(path)
@@ -230,6 +250,8 @@ def to_8_bits(values):
     full = min(2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
     if values.dtype.kind == "f" and largest < 2:  # 0..1, and what overshoots it
         full = 1
+    advice = "if another range is named, too, save all as 8 bits in one"
+    say_once(f"16-bit or float photographs: some have the range 0..{full}; {advice}")
     return (values.astype(np.float64) * 255 / full).clip(0, 255)
 
 
@@ -239,20 +261,25 @@ def load_image(path, near=None):
     near: a side in pixels to which a JPEG may be reduced while it is decoded, but not below it."""
     if isinstance(path, np.ndarray):
         return path
-    with reading(path, "a whole image; leave it out, or save it again"), Image.open(path) as image:
+    expected = "a whole image that Pillow reads; leave it out, or save it as JPEG or PNG"
+    with reading(path, expected), Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format in ("TIFF", "GIF"):
+            say_once("photographs of several pages or frames: the first one is read")
         deep = image.mode[0] not in "IF" and image.tile and ";16" in str(image.tile[0][3])
         if near:
             image.draft("RGB", (near, near))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = Image.fromarray(to_8_bits(np.asarray(image)).astype(np.uint8))
-        if image.has_transparency_data:  # over white
+        if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.getchannel("A").getextrema() == (0, 255):  # else it is another channel's
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert("RGB"))
-        least = 64 if deep else 16  # darker: 12 or 14 bits, of which Pillow takes the upper 8 of 16
-        if pixels.max() < least:
+        if deep and pixels.max() < 64:  # 12 or 14 bits, of which Pillow takes the upper 8 of 16
             raise ValueError(f"black: no value is above {pixels.max()} of 255")
+        if pixels.size > 3 and (pixels == pixels[0, 0]).all():
+            raise ValueError(f"one colour everywhere, {pixels[0, 0].tolist()}")
         return pixels
 
 
@@ -356,7 +383,7 @@ def identity(path):
     if not os.path.exists(path):
         return f"{path} is missing"  # so it will be named when it is read
     stat = os.stat(path)
-    return f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
 def with_features(photos, compute, network, folder, workers, mirror):
@@ -419,6 +446,7 @@ def find_masks(photos, folder):
         wanted = "expected <photograph's name>.png, and no two photographs of one name"
         raise InputError(f"--masks {folder}: {counts}; {wanted}")
     indices = [i for i, mask in enumerate(masks) if mask or photos.tags[i, 0] > 0]
+    say_turned([photos.paths[i] for i in indices if masks[i]])
     plain, left_out = len(indices) - len(found), len(photos) - len(indices)
     print(f"--masks {folder}: {counts}, {plain} others are background alone, {left_out} left out")
     return photos.take(indices), [masks[i] for i in indices]
@@ -428,6 +456,13 @@ def is_turned(path):
     """Whether a photograph's EXIF turns or mirrors it."""
     with reading(path, "an image"), Image.open(path) as image:
         return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
+def say_turned(paths):
+    """Print how many photographs with a true mask EXIF turns: by 180 degrees nothing else shows."""
+    turned = sum(map(is_turned, paths))
+    if turned:
+        print(f"EXIF turns {turned} photographs; their masks have to be of the upright ones")
 
 
 def read_mask(path, photo, classes):
@@ -447,7 +482,7 @@ def read_mask(path, photo, classes):
 
 
 # ---------------------------------------------------------------- names and tags
-VALUES = ["nan", "null", "yes", "no", "true", "false"]  # of a table's cell, hardly a class
+NO_CLASS = "nan na null yes no true false empty blank unknown unlabeled unlabelled negative"
 
 
 def class_name(text, where):
@@ -457,9 +492,10 @@ def class_name(text, where):
     if letters(name) in ("background", "bg", "none", ""):
         return "background"
     plain = all(unicodedata.category(c)[0] in "LNM" or c in " \t-_.'" for c in text)
-    value = letters(name).isnumeric() or letters(name) in VALUES
+    value = letters(name).isnumeric() or letters(name) in NO_CLASS.split()
     if value or not plain:
-        raise InputError(f"{where}: class {text!r}; expected plain names, with ';' between tags")
+        expected = "expected plain names, with ';' between tags, or nothing for background"
+        raise InputError(f"{where}: class {text!r}; {expected}")
     return name
 
 
@@ -486,9 +522,9 @@ def read_tags(folder, path):
 
     Rows of one file are united; photographs without a row are left out. Raises InputError where a
     file is missing or outside the folder."""
-    expected = f"lines such as  photo.jpg,cat;dog  of files inside {folder}"
+    expected = f"UTF-8 lines such as  photo.jpg,cat;dog  of files inside {folder}"
     rows = read_rows(path, expected, columns=2)
-    if rows and rows[0][0].lower() in ("file", "image", "filename"):
+    if rows and not Path(rows[0][0]).suffix:  # the columns' names
         rows = rows[1:]
     if not rows:
         raise InputError(f"{path}: names no photograph; expected {expected}")
@@ -596,7 +632,8 @@ def image_files(folder):
             there.append(path)
     files = [p for p in there if p.suffix.lower() in known and p.is_file()]
     if not files:
-        raise InputError(f"{folder}: no such folder, or no image below it that Pillow reads")
+        expected = "expected images that Pillow reads, such as JPEG or PNG (not HEIC)"
+        raise InputError(f"{folder}: no such folder, or no image below it; {expected}")
     others = sorted(set(there) - set(files))
     if others:
         kinds = " ".join(sorted({path.suffix or path.name for path in others}))
@@ -613,9 +650,13 @@ def folder_photos(folder, tags):
         other = spelt[letters(name)]
         words = re.split("[ _.'-]", name)
         if other != name:
-            raise InputError(f"{tags}: classes '{other}' and '{name}'; spell one class alike")
+            raise InputError(
+                f"{tags}: classes '{other}' and '{name}'; spell one class alike, or rename one"
+            )
         if len(words) > 1 and set(words) <= set(classes):
-            raise InputError(f"{tags}: class '{name}' beside its words; put ';' between tags")
+            raise InputError(
+                f"{tags}: class '{name}' beside its words; put ';' between tags, or rename it"
+            )
     if not 2 <= len(classes) <= VOID:
         raise InputError(f"{tags}: {len(classes) - 1} classes; expected 1 to {VOID - 1}")
     indices = [{classes.index(name) for name in present} for present in names.values()]

@@ -72,6 +72,13 @@ def summarise(matrix, classes, images):
     return report
 
 
+def say_absent(report):
+    """Print the classes of which no true mask has a pixel: others may be in their place."""
+    absent = [name for name, recall in report["recall"].items() if recall is None]
+    if absent:
+        print(f"no true pixel of {', '.join(absent)}")
+
+
 def average_precision(scores, present):
     """Area under the monotone precision-recall curve (VOC from 2010), %. scores, present (N,)."""
     hits = present[np.argsort(-scores, kind="stable")]
@@ -136,6 +143,7 @@ def print_ladder(report):
         print(f"{name:{width}}", *(f"{word:>11}" for word in words))
     if any(r["mean_iou"] is None for r in rows.values()):
         print("(means are over the classes that a column or its masks hold: do not compare them)")
+    say_absent(rows["base"])
     if "mean_average_precision" in report:
         what = f"of the {report['images_with_tags']} images whose tags are listed"
         print(f"tags: mean average precision {report['mean_average_precision']:.1f}, {what}")
@@ -159,6 +167,7 @@ def voc_samples(voc, name, limit=0):
     for path in photos + masks:  # all, before the work
         if not path.is_file():
             raise InputError(f"{path}: no such file; --set {name} needs its photographs and masks")
+    data.say_turned(photos)
     for i, photo, mask in zip(data.progress(ids, "images"), photos, masks):
         yield i, data.load_image(photo), data.read_truth(mask)
 
@@ -183,7 +192,7 @@ def read_prediction(path, classes, known_tags_allowed=False):
     labels = data.read_labels(path)
     meant, comment = data.read_notes(path)
     if meant and meant != ";".join(classes):
-        raise InputError(f"{path}: labels of {meant}; give --classes CKPT")
+        raise InputError(f"{path}: labels of {meant}; score takes them with --classes CKPT")
     if "known tags" in comment and not known_tags_allowed:
         raise InputError(f"{path}: made with known tags; score it with --void-allowed")
     return labels
@@ -230,6 +239,7 @@ def run_score(args):
         whose = f"of {report['classes_defined']} of {K} classes, which occur: not VOC's"
     mean, accuracy = report["mean_iou_defined"], report["mean_accuracy"]
     print(f"mean IoU ({whose}) {mean:.2f}   mean class accuracy {accuracy:.2f}")
+    say_absent(report)
     speed = len(matrices) / (time.perf_counter() - start)
     print(f"{len(matrices)} images, {speed:.0f} images/s")
     if args.json:

@@ -155,6 +155,8 @@ def coarse_superpixels(image, side=160):
 # ---------------------------------------------------------------- proposals: our own, boxes, MCG's
 def scaled(scores, low=0.0):
     """Scores (N,) brought to low..1; a file's to 0.5..1: the lowest is more than no proposal, 0."""
+    if not len(scores):
+        return scores
     share = (scores - scores.min()) / max(np.ptp(scores), 1e-12)
     return low + (1 - low) * share
 
@@ -226,11 +228,12 @@ def read_boxes(path, shape):
     shape: (H, W) of the photograph, which holds them."""
     expected = "a line x0 y0 x1 y1 score for every box, in pixels of the photograph, upright"
     with data.reading(path, expected):
-        values = np.array(data.read_rows(path, expected), float)
+        rows = data.read_rows(path, expected)
+        values = np.array(rows, float) if rows else np.zeros((0, 5))
         if values.ndim != 2 or values.shape[1] != 5 or not np.isfinite(values).all():
             raise ValueError("not five numbers a line")
         boxes = values[:, :4]
-        inside = boxes.min() >= -1 and (boxes[:, 2:] <= np.array(shape[::-1]) + 1).all()
+        inside = (boxes >= -1).all() and (boxes[:, 2:] <= np.array(shape[::-1]) + 1).all()
         if not inside or (boxes[:, 2:] - boxes[:, :2] < 1).any():
             raise ValueError(f"not all boxes are a pixel or more of {shape[1]}x{shape[0]}")
     return boxes, scaled(values[:, 4], 0.5)
@@ -555,6 +558,10 @@ def open_net(path, args, priors):
         if fitted and not ckpt["thresholds"]:
             why = "let its training end, --resume, or give it more --threshold-images"
             raise ValueError(f"no thresholds for bb, seg; {why}")
+        run = ckpt["settings"]
+        steps = run["steps"] + run["self_steps"] * run["self_rounds"]
+    if ckpt["step"] < steps:
+        print(f"{path}: its training has not ended, it is at step {ckpt['step']} of {steps}")
     other_scores = args.sides or args.dense or args.ilp_form == "all" or not args.ilp
     if fitted and (other_scores or args.boxes or args.mcg):
         print("bb, seg: their thresholds are for the checkpoint's sizes, our proposals and Eq. 7")
@@ -567,11 +574,13 @@ def outputs(out, file):
 
 
 def is_ours(path):
-    """Whether infer.py has written a file, as its notes or names say."""
-    if path.suffix == ".png":
-        return bool(data.read_notes(path)[0])
-    with data.reading(path, "the scores of --soft"), np.load(path) as content:
-        return content.files == ["p", "q", "classes"]
+    """Whether infer.py has written a file, as its notes or names say; not if it is damaged."""
+    with contextlib.suppress(InputError), data.reading(path, "labels or scores"):
+        if path.suffix == ".png":
+            return bool(data.read_notes(path)[0])
+        with np.load(path) as content:
+            return content.files == ["p", "q", "classes"]
+    return False
 
 
 def files_to_label(args, tags):
@@ -583,14 +592,19 @@ def files_to_label(args, tags):
     else:
         files = []
         for path in map(Path, args.images):
-            files += data.image_files(path) if path.is_dir() else [path]
+            found = data.image_files(path) if path.is_dir() else [path]
+            files += [file for file in found if file.suffix != ".png" or not is_ours(file)]
+        if not files:
+            raise InputError(f"{args.images[0]}: all its images are labels that infer.py made")
     taken = {file.resolve(): file for file in files}  # what is there, then what will be
     for file in files:
         for path in outputs(args.out, file):
             path = path.resolve()
             if path in taken:
                 both = f"would be written for {file} and {taken[path]}"
-                raise InputError(f"{path}: {both}; label folders apart, or give another --out")
+                raise InputError(
+                    f"{path}: {both}; label folders apart, rename one, or give another --out"
+                )
             if path.exists() and not is_ours(path):
                 raise InputError(f"{path}: not written by infer.py; give another --out")
             taken[path] = file
@@ -691,8 +705,7 @@ def main():
     files = files_to_label(args, tags)
     lock = data.claim(args.out)
     written = [path for file in files for path in outputs(args.out, file)]
-    for path in written:  # by an earlier labelling
-        path.unlink(missing_ok=True)
+    data.move_aside(args.out, written)
     others = set(Path(args.out).glob("*.png")) - set(written)
     if others:
         print(f"{args.out}: holds {len(others)} other pictures, such as {min(others)}")

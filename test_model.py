@@ -564,6 +564,8 @@ def test_boxes_are_in_pixels_of_the_photograph():
     inside[100:300, 200:600] = True
     assert scene.image.shape == (500, 1000, 3)
     assert np.array_equal(scene.bb > scene.bb.min(), inside)
+    write("big.txt", "")  # where a detector found nothing
+    assert (infer.Scene(random_image(0, 40, 30), boxes=".", name="big").bb == 0.5).all()
 
 
 def test_hierarchy_by_hand():
@@ -719,9 +721,14 @@ def test_photographs_of_every_mode_are_read():
     for file in ("turned.jpg", "cmyk.jpg", "palette.png"):
         got = data.load_image(file)
         assert np.abs(got.astype(int) - smooth).mean() < 12, file
-    image.putalpha(0)
+    fourth = np.full((40, 30), 60, np.uint8)  # another channel's values, no transparency
+    image.putalpha(Image.fromarray(fourth))
+    image.save("infrared.png")
+    assert np.array_equal(data.load_image("infrared.png"), smooth)
+    fourth[:20], fourth[20:] = 0, 255
+    image.putalpha(Image.fromarray(fourth))
     image.save("clear.png")
-    assert (data.load_image("clear.png") == 255).all()  # over white
+    assert (data.load_image("clear.png")[:20] == 255).all()  # over white
 
 
 @pytest.mark.parametrize("largest, full", [(1.0, 1), (255.0, 255), (4095, 4095), (260, 1023)])
@@ -1106,6 +1113,16 @@ def test_masks_are_counted_whatever_their_ending():
     assert "2 of 4 photographs have a mask, 1 others are background alone, 1 left out" in out
 
 
+def test_a_class_whose_masks_are_of_others_is_named():
+    """Most masks may be right: those of 0 and 1 for "object" are, but for the other classes."""
+    make_masks()
+    for n in (1, 2):
+        mask = data.read_labels(f"masks/{n}.png")
+        data.save_labels(f"masks/{n}.png", np.where(mask == 2, 1, mask))
+    write("tags.csv", "0.png,cat\n1.png,dog\n2.png,cat\n3.png,")
+    refused(MASKED, "1 of 1 masks of dog hold other classes")
+
+
 def test_masks_come_with_a_foreground():
     make_masks()
     ok(f"{FOLDER} --masks masks")
@@ -1383,7 +1400,8 @@ def test_labels_of_an_earlier_run_do_not_stay(toy_run):
     assert {path.name for path in Path("l").glob("a*")} == {"a.npz", "a.png", "a_overlay.png"}
     os.truncate("photos/a.png", 300)
     refused("infer out/toy/ckpt.pt photos --device cpu --out l", "1 of 2 images", "photos/a.png")
-    assert {path.name for path in Path("l").iterdir()} == {"b.png", "b_overlay.png"}
+    assert {path.name for path in Path("l").iterdir()} == {"b.png", "b_overlay.png", "run1"}
+    assert len(list(Path("l/run1").iterdir())) == 6  # nothing is lost
     out = ok("infer out/toy/ckpt.pt photo.png --out l")
     assert "holds 2 other pictures, such as l/b.png" in out
 
@@ -1402,6 +1420,19 @@ def test_files_of_others_are_not_replaced(toy_run, ending):
     content = path.read_bytes()
     refused(label, f"l/photo{ending}: not written by infer.py")
     assert path.read_bytes() == content
+
+
+def test_labels_of_ours_are_no_photographs(toy_run):
+    save_photo("photos/a.jpg")
+    for _ in range(2):
+        out = ok("infer out/toy/ckpt.pt photos --device cpu --out photos/labels")
+        assert "wrote 1 label maps" in out
+
+
+def test_a_run_that_has_not_ended_is_told_of(toy_run):
+    ckpt = model.read_checkpoint("out/toy/ckpt.pt")
+    torch.save({**ckpt, "step": 1}, "early.pt")
+    assert "it is at step 1 of 2" in ok("infer early.pt photo.png --device cpu")
 
 
 def test_thresholds_that_were_fitted_otherwise_are_told_of(toy_run):
@@ -1439,6 +1470,7 @@ def test_training_labels_are_scored_apart_from_vocs_measure():
     out = ok("eval_voc score pred --voc VOC2012 --void-allowed --json s.json")
     report = json.loads(Path("s.json").read_text())
     assert "not VOC's measure" in out and "not VOC's measure" in report["what"]
+    assert "no true pixel of aeroplane" in out
     assert report["coverage"] == pytest.approx(100 * 5 / 7)  # of 7 that are not void in the truth
     # Covered: background 2 right, 1 that is a cat; cat 2 right, 1 missed. In all: 3 and 4 are true.
     assert report["iou"]["background"] == pytest.approx(100 * 2 / 3)
@@ -1563,7 +1595,7 @@ def malformed_files():
     from_zero = mcg_content(region, segment, np.ones((1, 1)), first=0)
     mats = [as_bytes(scipy.io.savemat, content) for content in (two_scores, from_zero)]
     yield f"{LABEL} --prior seg --mcg .", "photo.mat", [b"hello", *mats]
-    wrong = [b"", b"1 2 3 4", b"1 2 3 4 x", b"9 2 3 4 1", b"0 0 99 9 1", b"0 0 .5 .5 1"]
+    wrong = [b"1 2 3 4", b"1 2 3 4 x", b"9 2 3 4 1", b"0 0 99 9 1", b"0 0 .5 .5 1"]
     yield f"{LABEL} --prior bb --boxes .", "photo.txt", wrong
 
 

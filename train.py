@@ -285,7 +285,8 @@ def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path each, None: all background."""
     places = net.cell_places(s.size)
     found = np.zeros((len(masks), len(places), len(places)), np.uint8)
-    strange, turned, background = 0, 0, False
+    K, background = len(photos.classes), False
+    seen, strange = np.zeros(K), np.zeros(K)  # masks of each tag; of them, those of other classes
     for i, mask in enumerate(data.progress(masks, "masks read")):
         if mask is None:
             continue
@@ -295,20 +296,20 @@ def mask_labels(net, photos, masks, s):
         has_object = tags[0] > 0
         alien = np.setdiff1d(labels, [*tags, 0, VOID]).size > 0
         missing = has_object and not np.isin(tags, labels).any()
-        strange += alien or missing and not made  # infer.py's need not find every tag
-        turned += not made and data.is_turned(photos.paths[i])
+        seen[tags] += 1
+        strange[tags] += alien or missing and not made  # infer.py's need not find every tag
         background |= has_object and not labels.all()
 
-    counts = f"{strange} of {len(masks)} masks hold other classes than their tags"
+    k = int((strange / np.maximum(seen, 1)).argmax())
+    name = photos.classes[k]
+    counts = f"{strange[k]:.0f} of {seen[k]:.0f} masks of {name} hold other classes than their tags"
     with data.reading(f"--masks {s.masks}", "class indices, 255 only as void"):
-        if strange and strange >= int((photos.tags[:, 0] == 0).sum()) / 2:
+        if strange[k] and strange[k] >= seen[k] / 2:
             raise ValueError(counts)
         if not background:
             raise ValueError("no mask of an object has a pixel of background, 0")
-    if strange and RANK == 0:
+    if strange[k] and RANK == 0:
         print(f"--masks {s.masks}: {counts}")
-    if turned and RANK == 0:
-        print(f"--masks {s.masks}: EXIF turns {turned} photographs; their masks have to be upright")
     return found
 
 
@@ -502,7 +503,7 @@ def problem(preset, s, given):
     if not s.r:
         return "--r: expected more than 0"
     if s.self_steps and (toy or not s.cache or s.masks):
-        return "--self-steps: needs photographs (not toy), a --cache, and no --masks"
+        return "--self-steps: needs photographs, a --cache and no --masks; else give 0"
     if s.masks and (paper or s.jitter and not s.cache):
         return "--masks: labels are not cropped or turned; add --no-jitter or --cache, not paper"
     if s.cache and (paper or s.train_convs < 0):
@@ -526,21 +527,6 @@ def problem(preset, s, given):
 
 
 # ---------------------------------------------------------------- the run's folder
-def move_aside(out):
-    """Put an earlier run's files into a folder of their own; other files stay where they are."""
-    files = [*(out / name for name in RUN_FILES), *out.glob("self*.npy")]
-    files = [path for path in files if path.exists()]
-    if not files:
-        return
-    number = 1
-    while (aside := out / f"run{number}").exists():
-        number += 1
-    aside.mkdir()
-    for path in files:
-        path.rename(aside / path.name)
-    print(f"{out}: the run that was there is now in {aside}")
-
-
 def plain_settings(s, photos):
     """The settings as a checkpoint keeps them, with a digest of the photographs and labels."""
     digest = hashlib.sha256(photos.tags.numpy().tobytes())
@@ -781,10 +767,13 @@ def main():
         lock = data.claim(out)
         describe(preset, s, given, net, photos)
     if s.cache:
+        asked = len(photos)
         photos = cached(net, photos, s)
+        if RANK == 0 and len(photos) < asked:
+            describe(preset, s, given, net, photos)
     if RANK == 0:
         if not s.resume:
-            move_aside(out)
+            data.move_aside(out, [*(out / name for name in RUN_FILES), *out.glob("self*.npy")])
         how = {"commit": git_commit(), "command": " ".join(sys.argv)}
         data.write_json(out / "settings.json", {**record, **how})
         begin_log(out / "log.csv", saved["step"])
