@@ -593,18 +593,20 @@ def files_to_label(args, tags):
         files = []
         for path in map(Path, args.images):
             found = data.image_files(path) if path.is_dir() else [path]
-            files += [file for file in found if file.suffix != ".png" or not is_ours(file)]
+            photos = [file for file in found if file.suffix != ".png" or not is_ours(file)]
+            files += photos
+            if len(photos) < len(found):
+                print(f"{path}: left out: {len(found) - len(photos)} pictures that infer.py made")
         if not files:
-            raise InputError(f"{args.images[0]}: all its images are labels that infer.py made")
+            raise InputError(f"{args.images[0]}: no photograph, only labels")
     taken = {file.resolve(): file for file in files}  # what is there, then what will be
     for file in files:
         for path in outputs(args.out, file):
             path = path.resolve()
             if path in taken:
                 both = f"would be written for {file} and {taken[path]}"
-                raise InputError(
-                    f"{path}: {both}; label folders apart, rename one, or give another --out"
-                )
+                remedy = "label folders apart, rename one, or give another --out"
+                raise InputError(f"{path}: {both}; {remedy}")
             if path.exists() and not is_ours(path):
                 raise InputError(f"{path}: not written by infer.py; give another --out")
             taken[path] = file

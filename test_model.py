@@ -1427,6 +1427,7 @@ def test_labels_of_ours_are_no_photographs(toy_run):
     for _ in range(2):
         out = ok("infer out/toy/ckpt.pt photos --device cpu --out photos/labels")
         assert "wrote 1 label maps" in out
+    assert "left out: 2 pictures" in out
 
 
 def test_a_run_that_has_not_ended_is_told_of(toy_run):
