@@ -733,6 +733,7 @@ def main():
         scenes = [scene_of(data.load_image(file), name=file.stem) for file in whole[:20]]
         samples = [(scene, None) for scene in scenes]
         save_panel(args.panel, net, samples, args.prior, args.ilp_form if args.ilp else None)
+        print(f"drew {len(samples)} of them in {args.panel}")
     speed = len(files) / (time.perf_counter() - start)
     kind = "training labels (known tags)" if tags else "label maps"
     print(f"wrote {len(whole)} {kind} to {args.out}/, {speed:.2f} images/s")

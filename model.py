@@ -455,9 +455,11 @@ def load_trunk(net, path=""):
     """Fill the trunk from a file, or from its public address. Raises OSError that names it."""
     name, source = net.trunk_name, net.spec.weights
     params = list(net.trunk.parameters())
-    expected = f"expected {name}'s {len(params)} tensors, given by --weights FILE"
+    expected = (
+        f"expected {name}'s {len(params)} tensors, given by --weights FILE (README.md, Weights)"
+    )
     if not path and source == "file":
-        raise OSError(None, f"no weights; {expected} (README.md, Weights)", name)
+        raise OSError(None, f"no weights; {expected}", name)
     try:
         if net.spec.hub:
             net.trunk[0].load_state_dict(read_state(path, source))

@@ -586,7 +586,6 @@ def begin_log(path, step):
             if row.count(",") == 4 and number.isdigit() and int(number) <= step:
                 text += row + "\n"
     data.write_atomically(path, lambda file: file.write(text.encode()))
-    print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
 
 
 # ---------------------------------------------------------------- several processes
@@ -795,6 +794,10 @@ def main():
         optimizer = make_optimizer(net, s, device)
         if first > begin:
             optimizer.load_state_dict(saved["optimizer"])
+        if RANK == 0:
+            what = f"its own labels, round {turn}" if turn else "tags"
+            print(f"steps {first} to {end}: learning {what}")
+            print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
         batches = make_batches(photos, s, device, range(first, end))
         train(net, batches, optimizer, s, range(begin, end), first, record)
 
