@@ -482,6 +482,7 @@ def read_mask(path, photo, classes):
 
 
 # ---------------------------------------------------------------- names and tags
+# What tables and tools write where there is no class, or where a column is no list of tags.
 NO_CLASS = "nan na null yes no true false empty blank unknown unlabeled unlabelled negative"
 
 
@@ -524,7 +525,8 @@ def read_tags(folder, path):
     file is missing or outside the folder."""
     expected = f"UTF-8 lines such as  photo.jpg,cat;dog  of files inside {folder}"
     rows = read_rows(path, expected, columns=2)
-    if rows and not Path(rows[0][0]).suffix:  # the columns' names
+    headings = ("file", "filename", "image", "img", "photo", "path", "name", "id")
+    if rows and rows[0][0].lower() in headings:
         rows = rows[1:]
     if not rows:
         raise InputError(f"{path}: names no photograph; expected {expected}")
@@ -650,13 +652,11 @@ def folder_photos(folder, tags):
         other = spelt[letters(name)]
         words = re.split("[ _.'-]", name)
         if other != name:
-            raise InputError(
-                f"{tags}: classes '{other}' and '{name}'; spell one class alike, or rename one"
-            )
+            remedy = "spell one class alike, or rename one"
+            raise InputError(f"{tags}: classes '{other}' and '{name}'; {remedy}")
         if len(words) > 1 and set(words) <= set(classes):
-            raise InputError(
-                f"{tags}: class '{name}' beside its words; put ';' between tags, or rename it"
-            )
+            remedy = "put ';' between tags, or rename it"
+            raise InputError(f"{tags}: class '{name}' beside its words; {remedy}")
     if not 2 <= len(classes) <= VOID:
         raise InputError(f"{tags}: {len(classes) - 1} classes; expected 1 to {VOID - 1}")
     indices = [{classes.index(name) for name in present} for present in names.values()]
