@@ -126,7 +126,7 @@ def claim(out):
 
 
 def move_aside(folder, files):
-    """Put those files of an earlier run that there are into a folder of their own, folder/run<n>."""
+    """Put those files of an earlier run that there are into a folder of their own, run<n>."""
     files = [path for path in files if path.exists()]
     if not files:
         return
@@ -278,7 +278,9 @@ def load_image(path, near=None):
         pixels = np.asarray(image.convert("RGB"))
         if deep and pixels.max() < 64:  # 12 or 14 bits, of which Pillow takes the upper 8 of 16
             raise ValueError(f"black: no value is above {pixels.max()} of 255")
-        if pixels.size > 3 and (pixels == pixels[0, 0]).all():
+        # Nearly every photograph differs in its first row already.
+        flat = (pixels[0] == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all()
+        if flat and pixels.size > 3:
             raise ValueError(f"one colour everywhere, {pixels[0, 0].tolist()}")
         return pixels
 
@@ -483,7 +485,10 @@ def read_mask(path, photo, classes):
 
 # ---------------------------------------------------------------- names and tags
 # What tables and tools write where there is no class, or where a column is no list of tags.
-NO_CLASS = "nan na null yes no true false empty blank unknown unlabeled unlabelled negative"
+NO_CLASS = [
+    "nan", "na", "null", "yes", "no", "true", "false", "empty", "blank", "unknown", "unlabeled",
+    "unlabelled", "negative",
+]  # fmt: skip
 
 
 def class_name(text, where):
@@ -493,7 +498,7 @@ def class_name(text, where):
     if letters(name) in ("background", "bg", "none", ""):
         return "background"
     plain = all(unicodedata.category(c)[0] in "LNM" or c in " \t-_.'" for c in text)
-    value = letters(name).isnumeric() or letters(name) in NO_CLASS.split()
+    value = letters(name).isnumeric() or letters(name) in NO_CLASS
     if value or not plain:
         expected = "expected plain names, with ';' between tags, or nothing for background"
         raise InputError(f"{where}: class {text!r}; {expected}")

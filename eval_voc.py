@@ -57,7 +57,8 @@ def summarise(matrix, classes, images):
     """A confusion (K, K) as JSON-ready percentages; mean_iou is VOC's: None if one is undefined.
 
     mean_iou_defined: over the classes that occur; mean_accuracy: mean recall, as in Table 2.
-    matrix may have a column K, of pixels without a label. Raises InputError where no true mask has an object."""
+    matrix may have a column K, of pixels without a label. Raises InputError where no true mask has
+    an object."""
     if not matrix[1:].any():
         raise InputError(f"{images} true masks hold no object; expected class indices, not 255")
     report = {"images": images}
@@ -188,7 +189,7 @@ def attempt(function, items):
 
 
 def read_prediction(path, classes, known_tags_allowed=False):
-    """Labels (H, W) of a PNG; raises InputError where they are of other classes, or made with known tags."""
+    """Labels (H, W) of a PNG; raises InputError if of other classes, or made with known tags."""
     labels = data.read_labels(path)
     meant, comment = data.read_notes(path)
     if meant and meant != ";".join(classes):
@@ -303,7 +304,7 @@ def main():
     parsers = []
     for run, default in ((run_score, "val"), (run_ladder, "val"), (run_submit, "test")):
         sub = commands.add_parser(run.__name__[4:], help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run, json=None, limit=0, ilp=True)
+        sub.set_defaults(run=run, json=None, limit=0, ilp=True)  # the ladder's rungs have it
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
         sub.add_argument("--set", default=default, metavar="NAME", help=f"its set [{default}]")
         parsers.append(sub)

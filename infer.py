@@ -364,7 +364,8 @@ class Scene:
         if self.boxes:
             path = Path(self.boxes, f"{self.name}.txt")
             boxes, scores = read_boxes(path, self.photo_shape)
-            boxes = boxes * (self.image.shape[0] / self.photo_shape[0])
+            scale = np.divide(self.image.shape[1::-1], self.photo_shape[::-1])  # of x, of y
+            boxes = boxes * np.tile(scale, 2)
         else:
             boxes, scores = boxes_of(self.segments[0], self.regions), self.segments[1]
         return relative(box_cover(boxes, scores, self.image.shape[:2]))
@@ -393,8 +394,9 @@ def fit_thresholds(net, samples, borrowed=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them. A class found in n images weighs its own IoU n against `borrowed` times the mean
-    of all objects. Thresholds are multiples of 1 / steps. Returns {} if no image has an object."""
+    makes from them. A class found in n images weighs its own IoU n against `borrowed` times the
+    mean of all objects. Thresholds are multiples of 1 / steps. Returns {} if no image has an
+    object."""
     K, names = len(net.classes), ("bb", "seg")
     hits = np.zeros((len(names), steps, K))  # right pixels above each threshold
     drawn = np.zeros((len(names), steps, K))  # all pixels above it
@@ -549,7 +551,7 @@ def add_options(parser):
 
 
 def open_net(path, args, priors):
-    """(net, a function from a photo and its name to a Scene), for these priors; InputError."""
+    """(net, what makes a Scene of a photo and its name), for these priors. Raises InputError."""
     if args.boxes and "bb" not in priors or args.mcg and "seg" not in priors:
         raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
     fitted = {"bb", "seg"}.intersection(priors)
@@ -575,7 +577,7 @@ def outputs(out, file):
 
 def is_ours(path):
     """Whether infer.py has written a file, as its notes or names say; not if it is damaged."""
-    with contextlib.suppress(InputError), data.reading(path, "labels or scores"):
+    with contextlib.suppress(InputError, OSError), data.reading(path, "labels or scores"):
         if path.suffix == ".png":
             return bool(data.read_notes(path)[0])
         with np.load(path) as content:

@@ -232,8 +232,9 @@ class Net(nn.Module):
     finer than the stride the score map is; sides: an image is seen at each area side x side (empty:
     as it is); amp: in bfloat16."""
 
-    def __init__(self, trunk, classes, head=(), kernel=(3,), aggregation="lse", r=5.0, loss="softmax",
-                 dropout=0.5, train_convs=0, dense=1, sides=(), amp=False, generator=None):  # fmt: skip
+    def __init__(self, trunk, classes, head=(), kernel=(3,), aggregation="lse", r=5.0,
+                 loss="softmax", dropout=0.5, train_convs=0, dense=1, sides=(), amp=False,
+                 generator=None):  # fmt: skip
         super().__init__()
         self.trunk_name, self.spec, self.classes = trunk, TRUNKS[trunk], classes
         self.aggregation, self.r, self.dropout = AGGREGATIONS[aggregation], r, dropout
@@ -276,10 +277,12 @@ class Net(nn.Module):
 
     @property
     def frozen_layers(self):
+        """Those of the trunk that nothing trains."""
         return self.trunk[: self.frozen_convs]
 
     @property
     def device(self):
+        """The torch.device that it is on."""
         return self.mean.device
 
     def train(self, mode=True):
@@ -455,9 +458,7 @@ def load_trunk(net, path=""):
     """Fill the trunk from a file, or from its public address. Raises OSError that names it."""
     name, source = net.trunk_name, net.spec.weights
     params = list(net.trunk.parameters())
-    expected = (
-        f"expected {name}'s {len(params)} tensors, given by --weights FILE (README.md, Weights)"
-    )
+    expected = f"expected {name}'s {len(params)} tensors by --weights FILE (README.md, Weights)"
     if not path and source == "file":
         raise OSError(None, f"no weights; {expected}", name)
     try:
@@ -479,7 +480,7 @@ def load_trunk(net, path=""):
         raise OSError(None, f"cannot be used ({why}); {expected}", path or source) from e
     for p, block in zip(params, blocks):
         p.data.copy_(block)
-    if net.spec.public and fingerprint(net.trunk) != net.spec.public:
+    if path and net.spec.public and fingerprint(net.trunk) != net.spec.public:
         print(f"{path}: not the public weights of {name}; they have to expect the same input")
 
 

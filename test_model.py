@@ -564,6 +564,9 @@ def test_boxes_are_in_pixels_of_the_photograph():
     inside[100:300, 200:600] = True
     assert scene.image.shape == (500, 1000, 3)
     assert np.array_equal(scene.bb > scene.bb.min(), inside)
+    write("big.txt", "0 0 1500 1 1\n0 0 3000 1 0")
+    long = infer.Scene(np.zeros((1, 3000, 3), np.uint8), boxes=".", name="big").bb  # (1, 1000)
+    assert np.array_equal(long[0] > long.min(), np.arange(1000) < 500)
     write("big.txt", "")  # where a detector found nothing
     assert (infer.Scene(random_image(0, 40, 30), boxes=".", name="big").bb == 0.5).all()
 
@@ -740,6 +743,15 @@ def test_deep_photographs_keep_their_range(largest, full):
     Image.fromarray(ramp).save("deep.tiff")
     got = data.load_image("deep.tiff")[..., 0].astype(int)
     assert np.abs(got - ramp / full * 255)[1:].max() <= 1
+
+
+def test_dark_photographs_are_read_and_flat_ones_refused():
+    dark = random_image(0, 40, 30) // 20
+    Image.fromarray(dark).save("dark.png")
+    assert np.array_equal(data.load_image("dark.png"), dark)
+    Image.fromarray(np.full((40, 30, 3), [9, 90, 200], np.uint8)).save("flat.png")
+    with pytest.raises(data.InputError, match="flat.png: one colour everywhere"):
+        data.load_image("flat.png")
 
 
 def test_folders_give_all_that_pillow_reads_and_count_the_rest(capsys):
@@ -1120,7 +1132,7 @@ def test_a_class_whose_masks_are_of_others_is_named():
         mask = data.read_labels(f"masks/{n}.png")
         data.save_labels(f"masks/{n}.png", np.where(mask == 2, 1, mask))
     write("tags.csv", "0.png,cat\n1.png,dog\n2.png,cat\n3.png,")
-    refused(MASKED, "1 of 1 masks of dog hold other classes")
+    refused(MASKED, "other classes than their tags", "1 of 1 of dog")
 
 
 def test_masks_come_with_a_foreground():

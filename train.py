@@ -300,16 +300,18 @@ def mask_labels(net, photos, masks, s):
         strange[tags] += alien or missing and not made  # infer.py's need not find every tag
         background |= has_object and not labels.all()
 
-    k = int((strange / np.maximum(seen, 1)).argmax())
-    name = photos.classes[k]
-    counts = f"{strange[k]:.0f} of {seen[k]:.0f} masks of {name} hold other classes than their tags"
+    counts = []
+    for name, few, all_masks in zip(photos.classes, strange, seen):
+        if few:
+            counts.append(f"{few:.0f} of {all_masks:.0f} of {name}")
+    what = f"masks that hold other classes than their tags: {', '.join(counts)}"
     with data.reading(f"--masks {s.masks}", "class indices, 255 only as void"):
-        if strange[k] and strange[k] >= seen[k] / 2:
-            raise ValueError(counts)
+        if ((strange > 0) & (strange >= seen / 2)).any():
+            raise ValueError(what)
         if not background:
             raise ValueError("no mask of an object has a pixel of background, 0")
-    if strange[k] and RANK == 0:
-        print(f"--masks {s.masks}: {counts}")
+    if counts and RANK == 0:
+        print(f"--masks {s.masks}: {what}")
     return found
 
 
@@ -572,7 +574,7 @@ def read_resumed(path, record, net):
         if ckpt["step"] > now["steps"] + now["self_steps"] * now["self_rounds"]:
             raise ValueError(f"at step {ckpt['step']}, past the end of these settings")
         model.load_weights(net, ckpt)
-    if was["steps"] != now["steps"] and now["schedule"] == "cosine":
+    if was["steps"] != now["steps"] and now["schedule"] == "cosine" and RANK == 0:
         print("other --steps: the learning rate follows their cosine from here on")
     return ckpt
 
