@@ -52,7 +52,7 @@ def predict(net, image, tagged=None):
 
     p sees the learned foreground, q does not. tagged: where tags are known, their indices (C,),
     background's first; p is then (C, H, W).
-    Scores are averaged over the sizes net.sides, on a grid net.dense_factor times finer."""
+    Scores are averaged over the sizes net.sides, on a grid net.dense times finer."""
     H, W = image.shape[:2]
     device = net.device
     sides = net.sides or (math.sqrt(H * W),)
@@ -64,7 +64,7 @@ def predict(net, image, tagged=None):
         seen = np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
         x = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device)  # (1, 3, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            cells, features, step, offset = net.dense(x, net.dense_factor)
+            cells, features, step, offset = net.score_map(x)
         if tagged is None:
             cell_scores = net.pixel_scores(cells, features)
         else:

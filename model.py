@@ -239,7 +239,7 @@ class Net(nn.Module):
         self.trunk_name, self.spec, self.classes = trunk, TRUNKS[trunk], classes
         self.aggregation, self.r, self.dropout = AGGREGATIONS[aggregation], r, dropout
         self.loss, self.probabilities = LOSSES[loss]
-        self.dense_factor, self.sides, self.amp = dense, sides, amp
+        self.dense, self.sides, self.amp = dense, sides, amp
 
         # Table 1: unpadded convolutions, the last with an output for every class.
         widths = [*(head or self.spec.head), len(classes)]
@@ -285,12 +285,6 @@ class Net(nn.Module):
         """The torch.device that it is on."""
         return self.mean.device
 
-    def train(self, mode=True):
-        """As for any module, but a pretrained one in the trunk keeps to inference."""
-        super().train(mode)
-        self.trunk.eval()
-        return self
-
     def run(self, x, rows, convs, dropout=0.0):
         """Apply rows, with the convolutions' weights in order."""
         convs = iter(convs)
@@ -312,17 +306,17 @@ class Net(nn.Module):
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def frozen(self, images):
+    def features(self, images):
         """What no gradient reaches and a cache may hold: images (B, 3, H, W) -> (B, D, h, w)."""
         return self.run(self.normalise(images), self.frozen_rows, self.trunk)
 
-    def tuned(self, features):
-        """Features from `frozen` -> the trunk's maps (B, D, h, w), by what is trained of it."""
+    def maps(self, features):
+        """Features -> the trunk's maps (B, D, h, w), by what is trained of it."""
         return self.run(features, self.tuned_rows, self.trunk[self.frozen_convs :])
 
     def scores(self, maps, rows=None):
         """The trunk's maps (B, D, H, W) -> score map s (B, K, h, w), Eq. 1; rows: the head's."""
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.head.training else 0.0
         return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
 
     def beneath(self, maps, rows=None):
@@ -353,7 +347,7 @@ class Net(nn.Module):
         return (by_scores + by_maps) / 2
 
     def forward(self, images):
-        return self.scores(self.tuned(self.frozen(images)))
+        return self.scores(self.maps(self.features(images)))
 
     def aggregate(self, scores):
         """score map (B, K, h, w) -> image scores (B, K)."""
@@ -365,13 +359,12 @@ class Net(nn.Module):
         return centre + stride * torch.arange(out_size(size, self.rows))
 
     @torch.no_grad()
-    def dense(self, images, factor=1):
-        """Score map of whole images, padded so that cell i sits on pixel step * i + offset.
+    def score_map(self, images):
+        """Scores of whole images, padded so that cell i sits on pixel step * i + offset.
 
-        images (B, 3, H, W) in 0..255; factor: as for dense_rows.
-        Returns scores (B, K, h, w) with h = ceil(H / step) and w = ceil(W / step), the trunk's maps
-        beneath them (B, D, h, w), step and offset in pixels."""
-        rows, depth = dense_rows(self.rows, factor), len(self.spec.rows)
+        images (B, 3, H, W) in 0..255 -> scores (B, K, h, w), h = ceil(H / step), w = ceil(W / step);
+        the trunk's maps beneath them (B, D, h, w); step and offset in pixels."""
+        rows, depth = dense_rows(self.rows, self.dense), len(self.spec.rows)
         top, bottom, h, offset = centring(images.shape[2], rows)
         left, right, w, _ = centring(images.shape[3], rows)
         x = F.pad(self.normalise(images), (left, right, top, bottom))
@@ -554,8 +547,8 @@ def load_net(path, weights="", device="cpu", dense=None, sides=None):
     elif weights:
         raise ValueError(f"it holds the whole trunk, {net.trunk_name}; leave out --weights")
     load_weights(net, ckpt)
-    net.dense_factor = net.dense_factor if dense is None else dense
-    dense_rows(net.rows, net.dense_factor)  # raises ValueError where it does not divide the stride
+    net.dense = net.dense if dense is None else dense
+    dense_rows(net.rows, net.dense)  # raises ValueError where it does not divide the stride
     net.sides = sides or net.sides
     net.amp = net.amp and has_bfloat16(torch.device(device))
     return net.to(device).to(memory_format=torch.channels_last).eval(), ckpt
@@ -600,7 +593,7 @@ def bench(net, device, gflops, batch=4):
         square = torch.randn(2048, 2048, device=device, dtype=dtype)
         peak = rate(square.matmul, square) * 2e-9 * 2048**3
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            speed = rate(net.frozen, images) * batch
+            speed = rate(net.features, images) * batch
         share = f"{speed * gflops:.0f} of a matrix product's {peak:.0f} GFLOP/s"
         print(f"{net.trunk_name} trunk on {device}, {dtype}: {speed:.2f} images/s, {share}")
     if device.type == "cuda":
@@ -620,7 +613,7 @@ def main():
         net = Net(name, ["background"] * 21).to(device).to(memory_format=torch.channels_last).eval()
         size, depth = net.spec.size, len(net.spec.rows)
         with FlopCounterMode(display=False) as counter:
-            net.frozen(torch.zeros(1, 3, size, size, device=device))
+            net.features(torch.zeros(1, 3, size, size, device=device))
         gflops, lines = counter.get_total_flops() / 1e9, layer_table(net.rows, size)
         params = sum(p.numel() for p in net.trunk.parameters())
         head = sum(p.numel() for p in net.head.parameters())

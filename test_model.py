@@ -336,9 +336,9 @@ def test_pixel_loss_is_half_of_objects_and_half_of_background():
 @pytest.mark.parametrize("train_convs, frozen", [(0, 3), (1, 2), (-1, 0)])
 def test_frozen_means_frozen(train_convs, frozen):
     net = model.Net("tiny", ["background", "cat"], [8], train_convs=train_convs).train()
-    features = net.frozen(torch.ones(1, 3, 96, 96))
-    assert torch.equal(net.frozen(torch.ones(1, 3, 96, 96)), features)  # no dropout
-    net.scores(net.tuned(features)).sum().backward()
+    features = net.features(torch.ones(1, 3, 96, 96))
+    assert torch.equal(net.features(torch.ones(1, 3, 96, 96)), features)  # no dropout
+    net.scores(net.maps(features)).sum().backward()
     frozen_names = ["foreground", *(f"trunk.{i}" for i in range(frozen))]
     for name, p in net.named_parameters():
         layer = name.rpartition(".")[0]
@@ -600,7 +600,7 @@ def test_image_probabilities_are_those_of_the_loss():
     image = torch.from_numpy(random_image(0, 60, 80)).permute(2, 0, 1)[None]
     for loss in ("softmax", "sigmoid"):
         net = model.Net("tiny", ["background", "cat", "dog"], loss=loss).eval()
-        image_scores = net.aggregate(net.dense(image)[0])[0].numpy().astype(float)
+        image_scores = net.aggregate(net.score_map(image)[0])[0].numpy().astype(float)
         powers = np.exp(image_scores)
         want = {"softmax": powers / powers.sum(), "sigmoid": powers / (1 + powers)}
         q = infer.predict(net, random_image(0, 60, 80))[1]
@@ -880,9 +880,10 @@ def test_foreground_lies_under_the_cells_of_the_scores(factor, kernel):
     net.head[0].weight.data[1, :, middle, middle] = torch.rand(64)
     net.foreground.weight[0, :, 0, 0] = net.head[0].weight.data[1, :, middle, middle]
     image = torch.from_numpy(random_image(0, 75, 110)).permute(2, 0, 1)[None]
-    features = net.frozen(image)
+    features = net.features(image)
     in_training = net.scores(features), net.beneath(features)
-    dense = net.dense(image, factor)[:2]
+    net.dense = factor
+    dense = net.score_map(image)[:2]
     for scores, beneath in (in_training, dense):
         foreground = scores[:, 0] - net.pixel_scores(scores, beneath)[:, 0]
         ratio = foreground / scores[:, 1]
@@ -975,7 +976,7 @@ def test_cached_features_are_the_trunks():
     write("photos/1.png", "broken")
     with_features = cached(net, photos)
     for place, i in enumerate((0, 2, 3)):
-        want = net.frozen(photos[i, 0.5][1][None])[0].numpy()
+        want = net.features(photos[i, 0.5][1][None])[0].numpy()
         _, plain, label = with_features[place, 0.1]
         mirrored = with_features[place, 0.9][1]
         assert label == i
@@ -1397,7 +1398,7 @@ def test_a_modules_cells_lie_on_the_right_pixels(hub):
         layer.bias.data.zero_()
     image = torch.zeros(1, 3, 100, 130)  # 14 divides neither side
     image[:, :, 28:70, 56:98] = 255  # around pixel (48.5, 76.5)
-    scores, _, step, offset = net.dense(image)
+    scores, _, step, offset = net.score_map(image)
     pixels = model.upsample(scores, (100, 130), step, offset)[0, 1]
     bright = pixels > (pixels.min() + pixels.max()) / 2
     y, x = bright.nonzero().float().mean(0)

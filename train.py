@@ -144,7 +144,7 @@ def train(net, batches, optimizer, s, stage, first, record):
     trained = [p for p in net.parameters() if p.requires_grad]
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     losses, start = [], time.perf_counter()
-    net.train()
+    net.head.train()  # with dropout; whatever the trunk is, it keeps to inference
     for step, (images, tags, labels) in enumerate(batches, first):
         # Learning rate: each group's peak, times what the schedule says.
         factor = schedule(s, step, stage)
@@ -155,8 +155,8 @@ def train(net, batches, optimizer, s, stage, first, record):
         # function of (seed, step).
         torch.manual_seed((s.seed * 1_000_003 + step) * WORLD + RANK)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            features = images.float() if s.cache else net.frozen(images)
-            scores = scores_of(net.tuned(features))  # (B, K, h, w), Eq. 1
+            features = images.float() if s.cache else net.features(images)
+            scores = scores_of(net.maps(features))  # (B, K, h, w), Eq. 1
 
         # Loss: of the tags and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
@@ -322,7 +322,7 @@ def look(net, photos, i):
     _, features, _ = photos[i, 0.0]  # cached, not mirrored
     features = features[None].to(net.device).float()
     with torch.autocast(features.device.type, torch.bfloat16, enabled=net.amp):
-        maps = net.tuned(features)
+        maps = net.maps(features)
         scores = net.scores(maps)
     return scores.float(), net.beneath(maps).float()
 
@@ -681,7 +681,7 @@ def cached(net, photos, s):
     def compute(images):
         images = images.to(net.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=net.amp):
-            return torch.cat([net.frozen(part) for part in images.split(4)])
+            return torch.cat([net.features(part) for part in images.split(4)])
 
     made_of = (fingerprint(net.frozen_layers), net.frozen_rows, net.spec.mean, net.spec.std)
     network = f"{s.trunk} {made_of} bfloat16 {net.amp}"
