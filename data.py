@@ -58,16 +58,8 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's; an empty value, as of an unset shell variable, is refused."""
-        words = sys.argv[1:] if args is None else args
-        empty = [word for word in words if not word or word[:2] == "--" and word[-1] == "="]
-        if empty:
-            self.error(f"argument '{empty[0]}': empty; expected a value")
-        return super().parse_args(args, namespace)
-
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        raise InputError(f"{message} (--help lists the options)")
 
 
 def run_cli(main):
@@ -75,6 +67,9 @@ def run_cli(main):
     if hasattr(sys.stdout, "reconfigure"):  # file names need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        for word in sys.argv[1:]:
+            if not word or word.startswith("--") and word.endswith("="):  # an unset shell variable
+                raise InputError(f"argument '{word}': empty; expected a value")
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
@@ -145,14 +140,15 @@ def say_once(text):
     print(text, file=sys.stderr)
 
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside path, then rename: path is whole or as before."""
+@contextlib.contextmanager
+def writing(path):
+    """A file that takes path's place when the block has ended: path is whole, or as before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -164,7 +160,9 @@ def write_atomically(path, write):
 
 
 def write_json(path, report):
-    write_atomically(path, lambda file: file.write(json.dumps(report, indent=1).encode()))
+    """Write a dict or list as JSON."""
+    with writing(path) as file:
+        file.write(json.dumps(report, indent=1).encode())
 
 
 @contextlib.contextmanager
@@ -239,7 +237,8 @@ def save_png(path, image, classes, comment="", **options):
     notes = PngInfo()
     notes.add_text("Classes", ";".join(classes))
     notes.add_text("Comment", comment)
-    write_atomically(path, lambda file: image.save(file, "png", pnginfo=notes, **options))
+    with writing(path) as file:
+        image.save(file, "png", pnginfo=notes, **options)
 
 
 def to_8_bits(values):
@@ -399,14 +398,7 @@ def with_features(photos, compute, network, folder, workers, mirror):
     file, note = Path(folder, f"{key}.npy"), Path(folder, f"{key}.json")
     full_shape = (len(photos), *shape)
     if not file.exists() or not note.exists():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        needed, free = 2 * np.prod(full_shape), shutil.disk_usage(folder).free
-        sizes = f"{needed / 1e9:.3f} GB are needed, {free / 1e9:.3f} are free"
-        if needed > free:
-            raise InputError(f"{folder}: {sizes}; make room, or give another --cache")
-        print(f"caching features in {file}: {sizes}", flush=True)
-        options = (note, photos, compute, full_shape, workers)
-        write_atomically(file, lambda out: write_features(out, *options))
+        write_features(file, note, photos, compute, full_shape, workers)
 
     with reading(file, "features as this code writes them; delete it"):
         features = np.load(file, mmap_mode="r")
@@ -419,19 +411,27 @@ def with_features(photos, compute, network, folder, workers, mirror):
     return dataclasses.replace(photos.take(rows), features=features, rows=rows, mirror=mirror)
 
 
-def write_features(out, note, photos, compute, full_shape, workers, block=16):
-    """Write an .npy file to out block by block, and the broken photos' indices to the file note."""
-    header = {"descr": "<f2", "fortran_order": False, "shape": full_shape}
-    np.lib.format.write_array_header_1_0(out, header)
+def write_features(file, note, photos, compute, full_shape, workers, block=16):
+    """Write an .npy file block by block, and the broken photos' indices to the file note."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = 2 * np.prod(full_shape), shutil.disk_usage(file.parent).free
+    sizes = f"{needed / 1e9:.3f} GB are needed, {free / 1e9:.3f} are free"
+    if needed > free:
+        raise InputError(f"{file.parent}: {sizes}; make room, or give another --cache")
+    print(f"caching features in {file}: {sizes}", flush=True)
+
     keys = [(i, 0.5) for i in range(len(photos))]
     blocks = [keys[start : start + block] for start in range(0, len(keys), block)]
     broken, batches = {}, read_batches(photos, blocks, workers)
-    for part, (indices, images, _, found) in zip(progress(blocks, "blocks cached"), batches):
-        note_broken(photos, found, broken)
-        features = np.zeros((len(part), *full_shape[1:]), np.float16)
-        if indices:
-            features[np.array(indices) - part[0][0]] = compute(images).half().cpu().numpy()
-        out.write(features.tobytes())
+    with writing(file) as out:
+        header = {"descr": "<f2", "fortran_order": False, "shape": full_shape}
+        np.lib.format.write_array_header_1_0(out, header)
+        for part, (indices, images, _, found) in zip(progress(blocks, "blocks cached"), batches):
+            note_broken(photos, found, broken)
+            features = np.zeros((len(part), *full_shape[1:]), np.float16)
+            if indices:
+                features[np.array(indices) - part[0][0]] = compute(images).half().cpu().numpy()
+            out.write(features.tobytes())
     write_json(note, sorted(broken))
 
 

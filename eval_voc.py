@@ -288,13 +288,11 @@ def run_submit(args):
             if mode != "P" or size != wanted or highest >= len(data.VOC_CLASSES):
                 raise ValueError(f"mode {mode}, {size} pixels for {wanted}, up to {highest}")
 
-    def pack(file):
-        with tarfile.open(fileobj=file, mode="w:gz", dereference=True) as tar:
-            for i, path in files.items():
-                tar.add(path, f"results/VOC2012/Segmentation/comp6_{args.set}_cls/{i}.png")
-
     attempt(check, files)
-    data.write_atomically(args.out, pack)
+    packed = {"mode": "w:gz", "dereference": True}  # files, not links
+    with data.writing(args.out) as file, tarfile.open(fileobj=file, **packed) as tar:
+        for i, path in files.items():
+            tar.add(path, f"results/VOC2012/Segmentation/comp6_{args.set}_cls/{i}.png")
     print(f"{args.out}: {len(files)} label maps; upload as comp6")
 
 

@@ -467,7 +467,8 @@ def save_panel(path, net, samples, prior="refine", ilp_form="objects", width=170
         rows.append(np.hstack(cells))
     margins = ((0, gap), (0, gap), (0, 0))  # below, and on the right
     sheet = Image.fromarray(np.pad(np.vstack(rows), margins, constant_values=255))
-    data.write_atomically(path, lambda file: sheet.save(file, "png"))
+    with data.writing(path) as file:
+        sheet.save(file, "png")
 
 
 def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
@@ -484,7 +485,8 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
     axes.set_xlabel(xlabel)
     axes.grid(alpha=0.3)
     axes.legend()
-    data.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    with data.writing(path) as file:
+        figure.savefig(file, format="png")
 
 
 # ---------------------------------------------------------------- command line
@@ -663,8 +665,8 @@ def write_labels(args, classes, scene_of, predicted):
             picture = Image.fromarray(overlay(photo, labels))
             data.save_png(f"{out}_overlay.png", picture, classes, compress_level=1)  # in a third
         if args.soft:
-            content = {"p": p.astype(np.float16), "q": q, "classes": classes}
-            data.write_atomically(f"{out}.npz", lambda f: np.savez_compressed(f, **content))
+            with data.writing(f"{out}.npz") as scores:
+                np.savez_compressed(scores, p=p.astype(np.float16), q=q, classes=classes)
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     return {classes[k]: counts[k] / labels.size for k in np.argsort(-counts[: len(classes)])}
 

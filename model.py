@@ -66,7 +66,7 @@ pool = functools.partial(Row, "pool", 0)  # (kernel, stride)
 IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 
 TRUNKS = {
-    # Section 3: OverFeat's larger net, "accurate" or "slow", up to its sixth convolution, before the third pool.
+    # Section 3: OverFeat's larger net, "accurate" or "slow", up to its sixth convolution.
     "overfeat": Trunk([
         conv(96, 7, stride=2), pool(3, 3),
         conv(256, 7), pool(2, 2),
@@ -168,7 +168,8 @@ def layer_table(rows, n):
         step, field, centre = geometry(rows[: i + 1])
         line = {"kernel": row.kernel, "stride": row.stride, "pad": row.pad, "cells": n}
         line |= {"maps": maps, "params": weights + row.out, "GFLOPs": 2e-9 * weights * n * n}
-        lines.append({**line, "step": step, "field": field, "centre": centre})
+        line |= {"step": step, "field": field, "centre": centre}
+        lines.append(line)
     return lines
 
 
@@ -242,8 +243,8 @@ class Net(nn.Module):
         self.dense, self.sides, self.amp = dense, sides, amp
 
         # Table 1: unpadded convolutions, the last with an output for every class.
-        widths = [*(head or self.spec.head), len(classes)]
-        kernels = [*kernel, *[kernel[-1]] * len(widths)]
+        widths = list(head or self.spec.head) + [len(classes)]
+        kernels = list(kernel) + [kernel[-1]] * len(widths)
         self.head_rows = [conv(width, side) for width, side in zip(widths, kernels)]
         self.rows = self.spec.rows + self.head_rows
 
@@ -252,7 +253,7 @@ class Net(nn.Module):
             if row.kind == "pool":
                 continue
             if row.kind == "module":
-                layer = hub_module(*self.spec.hub[:2])
+                layer = hub_module(self.spec.hub)
             else:
                 layer = nn.Conv2d(channels, row.out, row.kernel)
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
@@ -260,7 +261,8 @@ class Net(nn.Module):
             convs.append(layer)
             channels = row.out
         convs[-1].weight.data *= 0.1  # near-uniform class probabilities at the start
-        self.trunk, self.head = convs[: -len(widths)], convs[-len(widths) :]
+        self.trunk = convs[: -len(widths)]
+        self.head = convs[-len(widths) :]
         self.foreground = nn.Conv2d(self.head[0].in_channels, 1, 1)
         for p in self.foreground.parameters():
             nn.init.zeros_(p.requires_grad_(False))  # none, until it is learned
@@ -268,7 +270,8 @@ class Net(nn.Module):
         # The trunk's rows are cut before the first convolution that is trained.
         self.frozen_convs = len(self.trunk) - train_convs if train_convs >= 0 else 0
         places = [i for i, row in enumerate(self.spec.rows) if row.kind != "pool"]
-        cut = [*places, len(self.spec.rows)][self.frozen_convs]
+        places.append(len(self.spec.rows))
+        cut = places[self.frozen_convs]
         self.frozen_rows, self.tuned_rows = self.spec.rows[:cut], self.spec.rows[cut:]
         self.frozen_layers.requires_grad_(False)
         for name, value in (("mean", self.spec.mean), ("std", self.spec.std)):
@@ -362,8 +365,8 @@ class Net(nn.Module):
     def score_map(self, images):
         """Scores of whole images, padded so that cell i sits on pixel step * i + offset.
 
-        images (B, 3, H, W) in 0..255 -> scores (B, K, h, w), h = ceil(H / step), w = ceil(W / step);
-        the trunk's maps beneath them (B, D, h, w); step and offset in pixels."""
+        images (B, 3, H, W) in 0..255 -> scores (B, K, h, w), of ceil(H / step) and ceil(W / step)
+        cells; the trunk's maps beneath them (B, D, h, w); step and offset in pixels."""
         rows, depth = dense_rows(self.rows, self.dense), len(self.spec.rows)
         top, bottom, h, offset = centring(images.shape[2], rows)
         left, right, w, _ = centring(images.shape[3], rows)
@@ -419,8 +422,9 @@ def upsample(scores, size, step, offset, seen=None):
 
 
 # ---------------------------------------------------------------- weights of the public trunks
-def hub_module(repository, name):
-    """A module of torch.hub, whose code runs here, without weights. Raises OSError."""
+def hub_module(hub):
+    """A module of torch.hub (Trunk.hub), whose code runs here, without weights. Raises OSError."""
+    repository, name, _ = hub
     try:
         options = {"pretrained": False, "trust_repo": True, "verbose": False}
         return torch.hub.load(repository, name, **options).eval()
@@ -436,7 +440,8 @@ def read_overfeat(path, name, params):
         known = [f"{size:,} (--trunk {trunk})" for trunk, size in OVERFEAT_BYTES.items()]
         raise ValueError(f"{found:,} bytes, but OverFeat's files have {' and '.join(known)}")
     values = np.fromfile(path, "<f4", sum(sizes)).astype(np.float32)
-    return [block.view_as(p) for block, p in zip(torch.from_numpy(values).split(sizes), params)]
+    blocks = torch.from_numpy(values).split(sizes)
+    return [block.view_as(p) for block, p in zip(blocks, params)]
 
 
 def read_state(path, url):
@@ -496,14 +501,17 @@ def public_names(net):
 
 def checkpoint(net, settings, step, optimizer):
     """What train.py saves: plain values, so that weights_only=True reads it."""
-    left_out = public_names(net)
+    kept = {}
+    for name, tensor in net.state_dict().items():
+        if not name.startswith(public_names(net)):
+            kept[name] = tensor.cpu()
     return {
         "format": FORMAT,
         "step": step,  # optimiser steps done
         "settings": settings,  # train.plain_settings
         "classes": net.classes,  # names, background first
         "trunk": fingerprint(net.frozen_layers),  # those on which the rest was trained
-        "model": {k: v.cpu() for k, v in net.state_dict().items() if not k.startswith(left_out)},
+        "model": kept,
         "optimizer": optimizer.state_dict(),
         "thresholds": {},  # delta_k, {"bb": K floats, "seg": K floats}, when training has ended
     }
@@ -521,14 +529,17 @@ def build_net(settings, classes, generator=None):
     """The Net of a run's settings, a dict. Raises ValueError; KeyError, TypeError if damaged."""
     names = "trunk head kernel train_convs aggregation r loss dropout dense sides amp"
     chosen = {name: settings[name] for name in names.split()}
-    return Net(classes=classes, generator=generator, **chosen)
+    net = Net(classes=classes, generator=generator, **chosen)
+    dense_rows(net.rows, net.dense)  # raises ValueError where it does not divide the stride
+    return net
 
 
 def load_weights(net, ckpt):
     """Fill net, its public trunk apart, from a checkpoint. Raises ValueError, RuntimeError."""
     missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
     odd = unexpected + [name for name in missing if not name.startswith(public_names(net))]
-    if odd or not all(x.isfinite().all() for x in ckpt["model"].values()):
+    odd += [name for name, tensor in ckpt["model"].items() if not tensor.isfinite().all()]
+    if odd:
         raise ValueError(f"damaged tensors {' '.join(odd)}")
     found = fingerprint(net.frozen_layers)
     if found != ckpt["trunk"]:
@@ -541,15 +552,15 @@ def load_net(path, weights="", device="cpu", dense=None, sides=None):
 
     Raises what the functions above raise."""
     ckpt = read_checkpoint(path)
-    net = build_net(ckpt["settings"], ckpt["classes"])
+    settings = {**ckpt["settings"]}
+    settings["dense"] = settings["dense"] if dense is None else dense
+    settings["sides"] = sides or settings["sides"]
+    net = build_net(settings, ckpt["classes"])
     if net.spec.weights and net.frozen_convs:
         load_trunk(net, weights or ckpt["settings"]["weights"])
     elif weights:
         raise ValueError(f"it holds the whole trunk, {net.trunk_name}; leave out --weights")
     load_weights(net, ckpt)
-    net.dense = net.dense if dense is None else dense
-    dense_rows(net.rows, net.dense)  # raises ValueError where it does not divide the stride
-    net.sides = sides or net.sides
     net.amp = net.amp and has_bfloat16(torch.device(device))
     return net.to(device).to(memory_format=torch.channels_last).eval(), ckpt
 
@@ -610,7 +621,8 @@ def main():
     args, device = parser.parse_args(), pick_device()
     rows_alone = [name for name in TRUNKS if not TRUNKS[name].hub]  # hub's need the internet
     for name in [args.trunk] if args.trunk else rows_alone:
-        net = Net(name, ["background"] * 21).to(device).to(memory_format=torch.channels_last).eval()
+        net = Net(name, ["background"] * 21).to(device)
+        net = net.to(memory_format=torch.channels_last).eval()
         size, depth = net.spec.size, len(net.spec.rows)
         with FlopCounterMode(display=False) as counter:
             net.features(torch.zeros(1, 3, size, size, device=device))

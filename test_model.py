@@ -1374,7 +1374,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(Path("hub").absolute()))
     write("hub/facebookresearch_dinov2_main/hubconf.py", HUBCONF)
     Path("hub/checkpoints").mkdir()
-    module = model.hub_module("facebookresearch/dinov2:main", "dinov2_vits14")
+    module = model.hub_module(model.TRUNKS["dinov2_vits14"].hub)
     torch.save(module.state_dict(), "hub/checkpoints/dinov2_vits14_pretrain.pth")
 
 

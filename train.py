@@ -121,8 +121,12 @@ PRESETS = {
     "paper": {"trunk": "overfeat", "steps": 1_000_000, "workers": 8, "save_every": 1000},
     "folder": {**PHOTOGRAPHS, "steps": 500, "self_steps": 300},
 }
-OWN = {"toy": ["toy_images", "toy_scenes"], "voc": ["voc", "set"], "paper": ["imagenet"],
-       "folder": ["images", "tags"]}  # what one preset alone reads, and cannot be empty
+SOURCES = {  # preset: its tagged photographs; the settings that it alone reads, and needs
+    "toy": (lambda s: data.toy_photos(s.seed, s.toy_images), ["toy_images", "toy_scenes"]),
+    "voc": (lambda s: data.voc_photos(s.voc, s.set), ["voc", "set"]),
+    "paper": (lambda s: data.imagenet_photos(s.imagenet, s.synsets), ["imagenet"]),
+    "folder": (lambda s: data.folder_photos(s.images, s.tags), ["images", "tags"]),
+}
 CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": list(LOSSES),
            "optimizer": ["sgd", "adam"], "schedule": ["steps", "cosine"]}
 RANGES = {"N": (0, 2**32), "M": (1, 2**32), "X": (0, math.inf), "P": (0, 1)}  # low <= x < high
@@ -192,8 +196,8 @@ def train(net, batches, optimizer, s, stage, first, record):
 
         # Save, whole or not at all.
         if saves and RANK == 0:
-            ckpt = model.checkpoint(net, record, done, optimizer)
-            data.write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
+            with data.writing(out / "ckpt.pt") as file:
+                torch.save(model.checkpoint(net, record, done, optimizer), file)
 
 
 def summed(x):
@@ -216,14 +220,14 @@ def schedule(s, step, stage):
     return 0.8 ** (step * s.batch // 5_000_000)
 
 
-def make_optimizer(net, s, device):
+def make_optimizer(net, s):
     """SGD (section 4.1) or AdamW, with a peak learning rate for the trunk and one for the head."""
     groups = []
     for layers, peak in ((net.trunk, s.trunk_lr), (net.head, s.lr)):
         params = [p for p in layers.parameters() if p.requires_grad]
         if params:
             groups.append({"params": params, "peak": peak})
-    common = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": device.type == "cuda"}
+    common = {"lr": s.lr, "weight_decay": s.weight_decay, "fused": net.device.type == "cuda"}
     if s.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=s.momentum, **common)
     return torch.optim.AdamW(groups, betas=(s.momentum, 0.999), **common)
@@ -487,7 +491,7 @@ def flag(name):
 
 def problem(preset, s, given):
     """The first thing wrong with the settings, or given in vain; "" if nothing is."""
-    for other, names in OWN.items():
+    for other, (_, names) in SOURCES.items():
         for name in names:
             if other == preset and not getattr(s, name):
                 return f"{flag(name)}: {preset} needs it"
@@ -510,10 +514,6 @@ def problem(preset, s, given):
         return "--masks: labels are not cropped or turned; add --no-jitter or --cache, not paper"
     if s.cache and (paper or s.train_convs < 0):
         return "--cache: nothing is frozen, or images are cropped afresh; give --cache no"
-    try:
-        model.dense_rows(TRUNKS[s.trunk].rows, s.dense)
-    except ValueError as e:
-        return f"--{e}"
     in_vain = {
         "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
         "dropout": not widths, "r": s.aggregation in ("max", "mean", "sum"),
@@ -587,7 +587,8 @@ def begin_log(path, step):
             number = row.split(",")[0]
             if row.count(",") == 4 and number.isdigit() and int(number) <= step:
                 text += row + "\n"
-    data.write_atomically(path, lambda file: file.write(text.encode()))
+    with data.writing(path) as file:
+        file.write(text.encode())
 
 
 # ---------------------------------------------------------------- several processes
@@ -616,14 +617,8 @@ def first_process_first():
 # ---------------------------------------------------------------- from photographs to a checkpoint
 def load_photos(preset, s):
     """(the preset's tagged photographs, and with --masks a path or None for each)."""
-    if preset == "toy":
-        photos = data.toy_photos(s.seed, s.toy_images)
-    elif preset == "voc":
-        photos = data.voc_photos(s.voc, s.set)
-    elif preset == "paper":
-        photos = data.imagenet_photos(s.imagenet, s.synsets)
-    else:
-        photos = data.folder_photos(s.images, s.tags)
+    read_photos, _ = SOURCES[preset]
+    photos = read_photos(s)
     if s.background:
         extra = data.imagenet_photos(s.background, s.synsets)
         extra = extra.take(torch.nonzero(extra.tags[:, 0]).flatten().tolist())
@@ -662,17 +657,24 @@ def describe(preset, s, given, net, photos):
     print(f"given: {', '.join(f'{name}={value}' for name, value in given.items()) or 'nothing'}")
 
 
-def prepare_net(s, classes, device):
-    """The network with its public weights, on the device."""
+def prepare_net(s, classes):
+    """The network with its public weights, on the device of this process."""
     generator = torch.Generator().manual_seed(s.seed)
-    net = model.build_net(dataclasses.asdict(s), classes, generator)
+    try:
+        net = model.build_net(dataclasses.asdict(s), classes, generator)
+    except ValueError as e:
+        raise InputError(f"--{e}") from e
     least = model.in_size(1, net.rows)
     if s.size < least:
         raise InputError(f"--size {s.size}: one cell takes {least} pixels; give a larger --size")
     if net.spec.weights:
         model.load_trunk(net, s.weights)
-    net.amp = s.amp and model.has_bfloat16(device)
-    return net.to(device).to(memory_format=torch.channels_last)
+    device = model.pick_device(s.device)
+    if WORLD > 1:
+        device = join_processes(device)
+    net = net.to(device).to(memory_format=torch.channels_last)
+    net.amp = model.has_bfloat16(net.device) and s.amp
+    return net
 
 
 def cached(net, photos, s):
@@ -697,7 +699,8 @@ def round_labels(net, photos, s, file, made):
         if RANK == 0 and not made:
             learn_foreground(net, photos, s)
             labels = own_labels(net, photos, s)
-            data.write_atomically(file, functools.partial(np.save, arr=labels))
+            with data.writing(file) as out:
+                np.save(out, labels)
         with data.reading(file, "labels of this run's photographs; train again"):
             labels = np.load(file)
             if len(labels) != len(photos):
@@ -706,6 +709,35 @@ def round_labels(net, photos, s, file, made):
         for p in net.foreground.parameters():
             dist.broadcast(p, 0)
     return labels
+
+
+def run_stages(net, photos, s, record, saved):
+    """The first stage learns the tags, and masks if given; later ones labels of the net's own, too.
+
+    saved: the checkpoint to go on from, or {"step": 0}."""
+    rounds = s.self_rounds if s.self_steps else 0
+    for turn in range(1 + rounds):
+        begin = s.steps + (turn - 1) * s.self_steps if turn else 0
+        end = s.steps + turn * s.self_steps
+        first = max(begin, saved["step"])
+        if first >= end:
+            continue  # before this --resume
+        if turn:
+            made = first > begin
+            photos.labels = round_labels(net, photos, s, Path(s.out, f"self{turn}.npy"), made)
+
+        # If labels will come the trunk waits for them: tuned on tags it finds these less well.
+        trunk_learns = turn > 0 or rounds == 0
+        net.trunk[net.frozen_convs :].requires_grad_(trunk_learns)
+        optimizer = make_optimizer(net, s)
+        if first > begin:
+            optimizer.load_state_dict(saved["optimizer"])
+        if RANK == 0:
+            what = f"its own labels, round {turn}" if turn else "tags"
+            print(f"steps {first} to {end}: learning {what}")
+            print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
+        batches = make_batches(photos, s, net.device, range(first, end))
+        train(net, batches, optimizer, s, range(begin, end), first, record)
 
 
 def readable(photos, indices):
@@ -727,11 +759,13 @@ def finish(net, photos, s, record, scenes):
     some = data.progress(data.spread(len(photos), s.threshold_images), "thresholds")
     thresholds = infer.fit_thresholds(net, readable(photos, some))
     ckpt.update(settings=record, thresholds=thresholds)
-    data.write_atomically(out / "ckpt.pt", functools.partial(torch.save, ckpt))
+    with data.writing(out / "ckpt.pt") as file:
+        torch.save(ckpt, file)
     halved = {name: tensor.half() for name, tensor in ckpt["model"].items()}
     settings = {**record, **dict.fromkeys(PATHS, ""), "masks": "given" if s.masks else ""}
     head = {**ckpt, "model": halved, "optimizer": {}, "settings": settings}
-    data.write_atomically(out / "head.pt", functools.partial(torch.save, head))
+    with data.writing(out / "head.pt") as file:
+        torch.save(head, file)
 
     if scenes:
         scene_of = functools.partial(infer.Scene, delta=thresholds)
@@ -751,14 +785,11 @@ def finish(net, photos, s, record, scenes):
 def main():
     preset, s, given = parse(sys.argv[1:])
     start, out = time.perf_counter(), Path(s.out)
-    device = model.pick_device(s.device)
-    if WORLD > 1:
-        device = join_processes(device)
     if s.resume and not (out / "ckpt.pt").exists():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint; leave out --resume, or give its --out")
 
     photos, masks = load_photos(preset, s)
-    net = prepare_net(s, photos.classes, device)
+    net = prepare_net(s, photos.classes)
     if masks:
         photos.labels = mask_labels(net, photos, masks, s)
     record = plain_settings(s, photos)
@@ -779,30 +810,7 @@ def main():
         data.write_json(out / "settings.json", {**record, **how})
         begin_log(out / "log.csv", saved["step"])
 
-    # The first stage learns the tags, and masks if given; a later one labels of the net's own, too.
-    rounds = s.self_rounds if s.self_steps else 0
-    for turn in range(1 + rounds):
-        begin = s.steps + (turn - 1) * s.self_steps if turn else 0
-        end = s.steps + turn * s.self_steps
-        first = max(begin, saved["step"])
-        if first >= end:
-            continue  # before this --resume
-        if turn:
-            made = first > begin
-            photos.labels = round_labels(net, photos, s, out / f"self{turn}.npy", made)
-        # If labels will come the trunk waits for them: tuned on tags it finds these less well.
-        trunk_learns = turn > 0 or rounds == 0
-        net.trunk[net.frozen_convs :].requires_grad_(trunk_learns)
-        optimizer = make_optimizer(net, s, device)
-        if first > begin:
-            optimizer.load_state_dict(saved["optimizer"])
-        if RANK == 0:
-            what = f"its own labels, round {turn}" if turn else "tags"
-            print(f"steps {first} to {end}: learning {what}")
-            print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
-        batches = make_batches(photos, s, device, range(first, end))
-        train(net, batches, optimizer, s, range(begin, end), first, record)
-
+    run_stages(net, photos, s, record, saved)
     if RANK == 0:
         scenes = data.toy_scenes(s.seed, s.toy_scenes) if preset == "toy" else None
         finish(net, photos, s, record, scenes)
