@@ -68,7 +68,8 @@ def run_cli(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for word in sys.argv[1:]:
-            if not word or word.startswith("--") and word.endswith("="):  # an unset shell variable
+            unset = word.startswith("--") and word.endswith("=")  # a shell variable
+            if not word or unset:
                 raise InputError(f"argument '{word}': empty; expected a value")
         sys.exit(main())
     except KeyboardInterrupt:
@@ -185,7 +186,7 @@ def read_rows(path, expected, columns=0):
         lines = csv.reader(file) if columns else [line.split() for line in file]
         rows = [[cell.strip() for cell in cells] for cells in lines]
         rows = [row for row in rows if any(row)]
-        wrong = [row for row in rows if columns and len(row) != columns or "\0" in "".join(row)]
+        wrong = [row for row in rows if (columns and len(row) != columns) or "\0" in "".join(row)]
         if wrong:
             raise ValueError(f"a line of {len(wrong[0])} cells, {wrong[0][0][:40]!r}")
         return rows
@@ -203,7 +204,8 @@ def read_labels(path):
     """A label PNG as class indices, (H, W) uint8: VOC's palette, or plain grey."""
     expected = "class indices in VOC's palette; if its numbers are that, save them as plain grey"
     with reading(path, expected), Image.open(path) as image:
-        if image.mode not in ("P", "L") or image.tile and image.tile[0][3] in ("L;2", "L;4"):
+        grey_levels = image.tile and image.tile[0][3] in ("L;2", "L;4")  # 2 or 4 bits, stretched
+        if image.mode not in ("P", "L") or grey_levels:
             raise ValueError(f"mode {image.mode}, neither palette nor 8-bit grey")
         labels = np.asarray(image)
         colours = np.asarray(image.convert("RGB"))
@@ -454,15 +456,12 @@ def find_masks(photos, folder):
     return photos.take(indices), [masks[i] for i in indices]
 
 
-def is_turned(path):
-    """Whether a photograph's EXIF turns or mirrors it."""
-    with reading(path, "an image"), Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-
-
 def say_turned(paths):
     """Print how many photographs with a true mask EXIF turns: by 180 degrees nothing else shows."""
-    turned = sum(map(is_turned, paths))
+    turned = 0
+    for path in paths:
+        with reading(path, "an image"), Image.open(path) as image:
+            turned += image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     if turned:
         print(f"EXIF turns {turned} photographs; their masks have to be of the upright ones")
 
@@ -575,14 +574,14 @@ def voc_tags(voc, name):
     """{id: (classes present, classes only present as difficult)} of Main/<class>_<name>.txt."""
     expected = "an id and 1, -1 or 0 a line, the same ids in all 20 classes' files"
     tags = {}
-    for k, label in enumerate(VOC_CLASSES[1:], 1):
-        path = Path(voc, "ImageSets", "Main", f"{label}_{name}.txt")
+    for k in range(1, len(VOC_CLASSES)):
+        path = Path(voc, "ImageSets", "Main", f"{VOC_CLASSES[k]}_{name}.txt")
         if not tags and not path.exists():
             continue  # a set that Main does not know has none of the 20
         with reading(path, expected):
             rows = read_rows(path, expected)
             flags = {row[0]: row[1] for row in rows}
-            if len(flags) < len(rows) or k > 1 and flags.keys() != tags.keys():
+            if len(flags) < len(rows) or (k > 1 and flags.keys() != tags.keys()):
                 raise ValueError("an id twice, or other ids than the classes before it")
             for i, flag in flags.items():
                 present, difficult = tags.setdefault(i, (set(), set()))
@@ -630,7 +629,7 @@ def voc_photos(voc, name, with_masked=False):
 def image_files(folder):
     """All image files below a folder that Pillow reads, sorted; what is left out is printed."""
     Image.init()
-    kinds = {*Image.OPEN, "MPO"}  # which its JPEG reader opens
+    kinds = set(Image.OPEN) | {"MPO"}  # which its JPEG reader opens
     known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
     there = []
     for path in sorted(Path(folder).rglob("*")):
@@ -651,7 +650,7 @@ def image_files(folder):
 def folder_photos(folder, tags):
     """Photos of one's own, tagged by a CSV (see read_tags). Classes are in alphabetical order."""
     names = read_tags(folder, tags)
-    classes = ["background", *sorted(set().union(*names.values()))]
+    classes = ["background"] + sorted(set().union(*names.values()))
     spelt = {letters(name): name for name in classes}
     for name in classes:
         other = spelt[letters(name)]
@@ -716,7 +715,7 @@ def toy_scene(rng, size, kinds, distractors):
     labels = np.zeros((size, size), np.uint8)
     y, x = np.mgrid[:size, :size].astype(float)
 
-    for kind in rng.permutation([*kinds, *[""] * distractors]):
+    for kind in rng.permutation(list(kinds) + [""] * distractors):
         radius, angle = rng.uniform(20, 32), rng.uniform(0, 2 * np.pi)
         for _ in range(20):  # until it is mostly free of the others
             cx, cy = rng.uniform(radius * 0.8, size - radius * 0.8, 2)

@@ -97,18 +97,20 @@ def ladder(net, samples, scene_of, ilp_form, priors, workers=0):
     scene_of(image, name=...): an infer.Scene; ilp_form: of Eq. 7; priors: names. Returns a
     JSON-ready dict and {name: q (K,)}."""
     matrices, scores = {}, {}
-    rungs = functools.partial(rung_counts, scene_of, ilp_form, priors)
+    count = functools.partial(rung_counts, scene_of, ilp_form, priors)
 
     def predictions():
         for name, image, truth in samples:
             yield name, image, truth, *infer.predict(net, data.shrink(image))
 
-    for name, q, counts in infer.overlapped(rungs, predictions(), workers):
+    for name, q, counts in infer.overlapped(count, predictions(), workers):
         scores[name] = q
-        for row, matrix in counts.items():
-            matrices[row] = matrices.get(row, 0) + matrix
-    rows = {row: summarise(m, net.classes, len(scores)) for row, m in matrices.items()}
-    return {"rows": rows, "classes": net.classes}, scores
+        for rung, matrix in counts.items():
+            matrices[rung] = matrices.get(rung, 0) + matrix
+    rungs = {}
+    for rung, matrix in matrices.items():
+        rungs[rung] = summarise(matrix, net.classes, len(scores))
+    return {"rows": rungs, "classes": net.classes}, scores
 
 
 def rung_counts(scene_of, ilp_form, priors, predicted):
@@ -120,31 +122,51 @@ def rung_counts(scene_of, ilp_form, priors, predicted):
     weighed = infer.ilp(p, q, ilp_form)
     labels = {"base": p.argmax(0)}
     for prior in priors:
-        labels["ilp" if prior == "none" else f"ilp+{prior}"] = infer.PRIORS[prior](weighed, scene)
+        rung = "ilp" if prior == "none" else f"ilp+{prior}"
+        labels[rung] = infer.PRIORS[prior](weighed, scene)
     counts = {}
     expected = "a mask of the photograph's size, of the checkpoint's classes"
     with data.reading(f"{name}.png", expected):
-        for row, found in labels.items():
-            whole = infer.enlarged(found.astype(np.uint8), photo.shape[:2])
-            counts[row] = confusion(truth, whole, len(p))
+        for rung, prediction in labels.items():
+            whole = infer.enlarged(prediction.astype(np.uint8), photo.shape[:2])
+            counts[rung] = confusion(truth, whole, len(p))
     return name, q, counts
+
+
+def score_tags(report, scores, tags):
+    """Add each class's average precision to the report, and their mean, by data.voc_tags.
+
+    scores: {id: q (K,)}; an image in which a class is only difficult does not count for it."""
+    tagged = [i for i in scores if i in tags]
+    values = report["average_precision"] = {}
+    for k in range(1, len(data.VOC_CLASSES)):
+        known = [i for i in tagged if k not in tags[i][1]]
+        present = np.array([k in tags[i][0] for i in known], bool)
+        image_scores = np.array([scores[i][k] for i in known])
+        values[data.VOC_CLASSES[k]] = average_precision(image_scores, present)
+    defined = [value for value in values.values() if value is not None]
+    if defined:
+        report["mean_average_precision"] = float(np.mean(defined))
+        report["images_with_tags"] = len(tagged)
 
 
 def print_ladder(report):
     """One column a rung; for VOC's classes the paper's val mean below ours."""
-    rows, classes = report["rows"], report["classes"]
-    lines = {name: [r["iou"][name] for r in rows.values()] for name in classes}
-    lines["mean IoU"] = [r["mean_iou_defined"] for r in rows.values()]
+    rungs, classes = report["rows"], report["classes"]
+    table = {}  # line: a value for each rung
+    for name in classes:
+        table[name] = [scores["iou"][name] for scores in rungs.values()]
+    table["mean IoU"] = [scores["mean_iou_defined"] for scores in rungs.values()]
     if classes == data.VOC_CLASSES:
-        lines["paper, val"] = [PAPER.get(row) for row in rows]
-    width = max(map(len, lines))
-    print(" " * width, *(f"{row:>11}" for row in rows))
-    for name, values in lines.items():
-        words = ["-" if v is None else f"{v:.1f}" for v in values]
-        print(f"{name:{width}}", *(f"{word:>11}" for word in words))
-    if any(r["mean_iou"] is None for r in rows.values()):
+        table["paper, val"] = [PAPER.get(rung) for rung in rungs]
+    width = max(map(len, table))
+    print(" " * width, " ".join(f"{rung:>11}" for rung in rungs))
+    for name, values in table.items():
+        words = ["-" if value is None else f"{value:.1f}" for value in values]
+        print(f"{name:{width}}", " ".join(f"{word:>11}" for word in words))
+    if any(scores["mean_iou"] is None for scores in rungs.values()):
         print("(means are over the classes that a column or its masks hold: do not compare them)")
-    say_absent(rows["base"])
+    say_absent(rungs["base"])
     if "mean_average_precision" in report:
         what = f"of the {report['images_with_tags']} images whose tags are listed"
         print(f"tags: mean average precision {report['mean_average_precision']:.1f}, {what}")
@@ -152,10 +174,12 @@ def print_ladder(report):
 
 def draw_ladder(path, report):
     """Every class's IoU on every rung as a chart."""
-    names, lines = ["mean IoU", *report["classes"]][::-1], {}
-    for row, r in report["rows"].items():
-        values = [r["mean_iou_defined"], *r["iou"].values()][::-1]
-        lines[row] = np.array(values, float), names  # None becomes NaN
+    names, lines = ["mean IoU"] + report["classes"], {}
+    names.reverse()  # a chart's first one is at its bottom
+    for rung, scores in report["rows"].items():
+        values = [scores["mean_iou_defined"]] + list(scores["iou"].values())
+        values.reverse()
+        lines[rung] = np.array(values, float), names  # None becomes NaN
     infer.save_chart(path, lines, "IoU, %", "o", (9, 0.3 * len(names) + 1))
 
 
@@ -165,7 +189,7 @@ def voc_samples(voc, name, limit=0):
     ids = [ids[i] for i in data.spread(len(ids), limit or len(ids))]
     photos = [Path(voc, "JPEGImages", f"{i}.jpg") for i in ids]
     masks = [Path(voc, "SegmentationClass", f"{i}.png") for i in ids]
-    for path in photos + masks:  # all, before the work
+    for path in photos + masks:  # before the work
         if not path.is_file():
             raise InputError(f"{path}: no such file; --set {name} needs its photographs and masks")
     data.say_turned(photos)
@@ -214,7 +238,7 @@ def run_score(args):
         with data.reading(path, "labels as infer.py writes them"):
             if not args.void_allowed:
                 return confusion(truth, labels, K)
-            # An index of K would count as void below, so it must be refused before.
+            # Below void is counted as class K: refuse first an index K, here or in the truth.
             confusion(truth, np.where(labels == VOID, 0, labels), K)
             return confusion(truth, np.where(labels == VOID, K, labels), K + 1)
 
@@ -256,20 +280,11 @@ def run_ladder(args):
     tags = data.voc_tags(args.voc, args.set)  # {id: (present, only difficult)}
     start = time.perf_counter()
     report, scores = ladder(net, samples, scene_of, args.ilp_form, args.priors, args.workers)
-    images = len(scores)
-    scores = {i: q for i, q in scores.items() if i in tags}
-    if net.classes == data.VOC_CLASSES and scores:
-        values = report["average_precision"] = {}
-        for k, label in enumerate(net.classes[1:], 1):
-            known = [i for i in scores if k not in tags[i][1]]
-            present = np.array([k in tags[i][0] for i in known])
-            values[label] = average_precision(np.array([scores[i][k] for i in known]), present)
-        defined = [v for v in values.values() if v is not None]
-        if defined:
-            report["mean_average_precision"] = float(np.mean(defined))
-            report["images_with_tags"] = len(scores)
+    if net.classes == data.VOC_CLASSES:
+        score_tags(report, scores, tags)
     print_ladder(report)
-    print(f"{images} images, {images / (time.perf_counter() - start):.2f} images/s")
+    speed = len(scores) / (time.perf_counter() - start)
+    print(f"{len(scores)} images, {speed:.2f} images/s")
     if args.json:
         data.write_json(args.json, report)
         draw_ladder(Path(args.json).with_suffix(".png"), report)
@@ -300,27 +315,35 @@ def main():
     parser = data.Parser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     parsers = []
-    for run, default in ((run_score, "val"), (run_ladder, "val"), (run_submit, "test")):
-        sub = commands.add_parser(run.__name__[4:], help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run, json=None, limit=0, ilp=True)  # the ladder's rungs have it
+    for name, run in (("score", run_score), ("ladder", run_ladder), ("submit", run_submit)):
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        sub.set_defaults(run=run, json=None, limit=0)
+        sub.set_defaults(ilp=True)  # for infer.open_net: the rungs have it
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
+        default = "test" if name == "submit" else "val"
         sub.add_argument("--set", default=default, metavar="NAME", help=f"its set [{default}]")
         parsers.append(sub)
-    score, rungs, submit = parsers
+    score, ladder_parser, submit = parsers
     score.add_argument("folder", help="<image id>.png of every image, as infer.py writes them")
     score.add_argument("--json", metavar="FILE", help="also write the numbers here")
     score.add_argument("--classes", metavar="CKPT", help="whose classes these are [VOC's]")
     score.add_argument("--void-allowed", action="store_true", help="255: no training label there")
-    rungs.add_argument("checkpoint", help="ckpt.pt or head.pt of train.py")
-    rungs.add_argument("--json", metavar="FILE", help="also write the numbers, a chart beside them")
-    rungs.add_argument("--limit", type=int, metavar="N", help="use N images, spread over the set")
+    ladder_parser.add_argument("checkpoint", help="ckpt.pt or head.pt of train.py")
+    ladder_parser.add_argument(
+        "--json", metavar="FILE", help="also write the numbers, a chart beside them"
+    )
+    ladder_parser.add_argument(
+        "--limit", type=int, metavar="N", help="use N images, spread over the set"
+    )
     every = list(infer.PRIORS)
-    rungs.add_argument("--priors", nargs="+", choices=every, default=every, help="rungs [all]")
-    infer.add_options(rungs)
+    ladder_parser.add_argument(
+        "--priors", nargs="+", choices=every, default=every, help="rungs [all]"
+    )
+    infer.add_options(ladder_parser)
     submit.add_argument("folder", help="<image id>.png of every image, as infer.py writes them")
     submit.add_argument("--out", required=True, metavar="FILE.tgz")
     args = parser.parse_args()
-    if args.limit < 0 or args.json and args.json.lower().endswith(".png"):
+    if args.limit < 0 or (args.json and args.json.lower().endswith(".png")):
         parser.error("--limit takes 0 or more, and --json a name that does not end in .png")
     args.run(args)
 

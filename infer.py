@@ -8,7 +8,8 @@
 
 No mask is read here, and tags only for --known-tags. A photograph above 1,000 px is labelled at
 that size, and its labels enlarged.
-Letters in shape comments: K classes, H W pixels, h w cells, N proposals, S superpixels.
+Letters in shape comments: K classes, C background and an image's tags, H W pixels, h w cells, N
+proposals, S superpixels.
 """
 
 import argparse
@@ -64,14 +65,14 @@ def predict(net, image, tagged=None):
         seen = np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
         x = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device)  # (1, 3, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            cells, features, step, offset = net.score_map(x)
+            score_map, maps, stride, offset = net.score_map(x)
         if tagged is None:
-            cell_scores = net.pixel_scores(cells, features)
+            label_scores = net.pixel_scores(score_map, maps)
         else:
-            cell_scores = net.tagged_scores(cells, features, tagged)
-        pixels = model.upsample(cell_scores, (H, W), step, offset, (h, w))[0]
+            label_scores = net.tagged_scores(score_map, maps, tagged)
+        pixels = model.upsample(label_scores, (H, W), stride, offset, (h, w))[0]
         scores = scores + pixels / len(sides)
-        image_scores = image_scores + net.aggregate(cells)[0] / len(sides)
+        image_scores = image_scores + net.aggregate(score_map)[0] / len(sides)
     p, q = scores.softmax(0), net.probabilities(image_scores)
     return p.cpu().numpy(), q.cpu().numpy()
 
@@ -154,7 +155,7 @@ def coarse_superpixels(image, side=160):
 
 # ---------------------------------------------------------------- proposals: our own, boxes, MCG's
 def scaled(scores, low=0.0):
-    """Scores (N,) brought to low..1; a file's to 0.5..1: the lowest is more than no proposal, 0."""
+    """Scores (N,) stretched to low..1. A file's begin at 0.5: the worst is more than none, 0."""
     if not len(scores):
         return scores
     share = (scores - scores.min()) / max(np.ptp(scores), 1e-12)
@@ -190,7 +191,7 @@ def hierarchy(image, regions, least=0.002):
     for node, (a, b) in enumerate(tree[:, :2].astype(int), S):
         segments[node] = segments[a] | segments[b]
     segments = segments[segments @ size >= least * regions.size]
-    border = [*regions[0], *regions[-1], *regions[:, 0], *regions[:, -1]]
+    border = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
     from_border = distance[:, np.unique(border)].min(1)  # (S,)
     return segments, scaled(segments @ (size * from_border) / (segments @ size))
 
@@ -217,7 +218,7 @@ def box_cover(boxes, scores, shape):
 
 
 def segment_cover(segments, scores, regions):
-    """The same of segments (N, S) bool over regions (H, W); scores (N,)."""
+    """p(ij in Obj), section 4, of segments (N, S) bool over regions (H, W); scores (N,)."""
     mean = (scores @ segments) / np.maximum(segments.sum(0), 1)  # (S,)
     return mean[regions]
 
@@ -263,10 +264,11 @@ def read_mcg(path, shape):
 # ---------------------------------------------------------------- smoothing priors (section 4)
 def vote(labels, regions):
     """SP-sppxl: every superpixel takes its most frequent label. labels, regions (H, W)."""
-    classes = int(labels.max()) + 1
-    cells = regions.ravel() * classes + labels.ravel()
-    counts = np.bincount(cells, minlength=(int(regions.max()) + 1) * classes)
-    return counts.reshape(-1, classes).argmax(1)[regions]
+    K = int(labels.max()) + 1
+    S = int(regions.max()) + 1
+    pairs = regions.ravel() * K + labels.ravel()
+    counts = np.bincount(pairs, minlength=S * K).reshape(S, K)
+    return counts.argmax(1)[regions]
 
 
 def evidence(p, objectness):
@@ -331,12 +333,12 @@ def refine(p, image, regions, rounds=5):
     return np.stack(means).astype(np.float32)[:, regions]
 
 
-def labels_from_tags(p, classes, image, regions, sure):
+def labels_from_tags(p, tagged, image, regions, sure):
     """Labels (H, W) uint8 of an image whose tags are known; void where no share reaches `sure`.
 
-    classes (C,): indices of background and of its tags; p (C, H, W): theirs alone."""
-    share = refine(p, image, regions, rounds=10)  # twice the prior's: surer, if less whole
-    labels = classes[share.argmax(0)]
+    tagged (C,): indices of background and of its tags; p (C, H, W): theirs alone."""
+    share = refine(p, image, regions, rounds=10)  # twice the prior's: fewer wrong, objects smaller
+    labels = tagged[share.argmax(0)]
     return np.where(share.max(0) >= sure, labels, VOID).astype(np.uint8)
 
 
@@ -372,7 +374,7 @@ class Scene:
 
     @functools.cached_property
     def seg(self):
-        """The same from segments."""
+        """p(pixel in an object) from segments, (H, W), made `relative`."""
         if self.mcg:
             path = Path(self.mcg, f"{self.name}.mat")
             regions, segments, scores = read_mcg(path, self.image.shape[:2])
@@ -394,9 +396,9 @@ def fit_thresholds(net, samples, borrowed=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them. A class found in n images weighs its own IoU n against `borrowed` times the
-    mean of all objects. Thresholds are multiples of 1 / steps. Returns {} if no image has an
-    object."""
+    makes from them. Of the multiples of 1 / steps delta_k has the largest
+    n_k * IoU_k + borrowed * (mean IoU of the objects), where n_k images show k. Returns {} if no
+    image has an object."""
     K, names = len(net.classes), ("bb", "seg")
     hits = np.zeros((len(names), steps, K))  # right pixels above each threshold
     drawn = np.zeros((len(names), steps, K))  # all pixels above it
@@ -491,7 +493,9 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
 
 # ---------------------------------------------------------------- command line
 def overlapped(work, predictions, workers=0):
-    """Yield work(prediction) in order, from a thread or `workers` processes, only a few ahead."""
+    """Yield work(prediction) in order, from a thread or `workers` processes, only a few ahead.
+
+    work: a function of a module, its first arguments bound by functools.partial: it is pickled."""
     threads = torch.get_num_threads()
     if workers:
         context = multiprocessing.get_context("spawn")
@@ -554,7 +558,7 @@ def add_options(parser):
 
 def open_net(path, args, priors):
     """(net, what makes a Scene of a photo and its name), for these priors. Raises InputError."""
-    if args.boxes and "bb" not in priors or args.mcg and "seg" not in priors:
+    if (args.boxes and "bb" not in priors) or (args.mcg and "seg" not in priors):
         raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
     fitted = {"bb", "seg"}.intersection(priors)
     with data.reading(path, "a checkpoint of train.py, ckpt.pt or head.pt"):
@@ -588,7 +592,7 @@ def is_ours(path):
 
 
 def files_to_label(args, tags):
-    """The photographs asked for; raises InputError where two would be written to one file."""
+    """The photographs asked for, but for pictures of ours among them."""
     if tags:
         files = list(tags)
     elif args.voc:
@@ -603,6 +607,11 @@ def files_to_label(args, tags):
                 print(f"{path}: left out: {len(found) - len(photos)} pictures that infer.py made")
         if not files:
             raise InputError(f"{args.images[0]}: no photograph, only labels")
+    return files
+
+
+def check_outputs(args, files):
+    """Raises InputError where files to write would replace others', or proposals are missing."""
     taken = {file.resolve(): file for file in files}  # what is there, then what will be
     for file in files:
         for path in outputs(args.out, file):
@@ -620,7 +629,6 @@ def files_to_label(args, tags):
                 raise InputError(f"{proposals}: no such file; expected one for each photograph")
     if args.panel and (Path(args.panel).resolve() in taken or Path(args.panel).suffix != ".png"):
         raise InputError(f"--panel {args.panel}: expected a .png beside photographs and labels")
-    return files
 
 
 def known_tags(args, classes):
@@ -637,7 +645,10 @@ def known_tags(args, classes):
     if unknown:
         known = f"its classes are {', '.join(classes)}"
         raise InputError(f"{args.known_tags}: {min(unknown)} is unknown to the checkpoint; {known}")
-    return {file: np.array(sorted([0, *map(classes.index, names)])) for file, names in tags.items()}
+    indices = {}
+    for file, names in tags.items():
+        indices[file] = np.array(sorted([0] + [classes.index(name) for name in names]))
+    return indices
 
 
 def enlarged(labels, shape):
@@ -650,7 +661,8 @@ def write_labels(args, classes, scene_of, predicted):
 
     predicted: file, photo (H', W', 3), p, q, and indices of background and known tags, or None."""
     file, photo, p, q, tagged = predicted
-    out, comment = Path(args.out, file.stem), ""
+    labels_file, overlay_file, scores_file = outputs(args.out, file)
+    comment = ""
     scene = scene_of(photo, name=file.stem)
     if tagged is None:
         p = ilp(p, q, args.ilp_form) if args.ilp else p
@@ -660,12 +672,12 @@ def write_labels(args, classes, scene_of, predicted):
         comment = "training label: made with known tags"
     with timed("writing"):
         labels = enlarged(labels, photo.shape[:2])
-        data.save_labels(f"{out}.png", labels, classes, comment)
+        data.save_labels(labels_file, labels, classes, comment)
         if not args.voc:
             picture = Image.fromarray(overlay(photo, labels))
-            data.save_png(f"{out}_overlay.png", picture, classes, compress_level=1)  # in a third
+            data.save_png(overlay_file, picture, classes, compress_level=1)  # in a third
         if args.soft:
-            with data.writing(f"{out}.npz") as scores:
+            with data.writing(scores_file) as scores:
                 np.savez_compressed(scores, p=p.astype(np.float16), q=q, classes=classes)
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     return {classes[k]: counts[k] / labels.size for k in np.argsort(-counts[: len(classes)])}
@@ -709,6 +721,7 @@ def main():
     net, scene_of = open_net(args.checkpoint, args, [args.prior])
     tags = known_tags(args, net.classes) if args.known_tags else {}
     files = files_to_label(args, tags)
+    check_outputs(args, files)
     lock = data.claim(args.out)
     written = [path for file in files for path in outputs(args.out, file)]
     data.move_aside(args.out, written)

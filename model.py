@@ -8,7 +8,8 @@
     scores = net(images)                   # images (B, 3, H, W) in 0..255 -> score map (B, K, h, w)
     image_scores = net.aggregate(scores)   # (B, K), Eq. 6; softmax of it is Eq. 2
 
-Letters in shape comments: B batch, K classes, H W pixels, h w cells, D channels.
+Letters in shape comments: B batch, K classes, C background and an image's tags, H W pixels, h w
+cells, D channels.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Trunk(NamedTuple):
     rows: list  # all that this file needs to know of its arithmetic
     mean: tuple  # its own input normalisation, of RGB in 0..255: one number, or three
     std: tuple
-    head: tuple  # default hidden widths of the head
+    head: tuple  # hidden widths of the head, unless a preset has its own
     size: int  # side of a training image, pixels
     tuned: int = 0  # last convolutions that labels train, unless --train-convs says otherwise
     feature_scale: float = 1.0  # multiplies the features, so that a fresh head sees values around 1
@@ -150,7 +151,7 @@ def dense_rows(rows, factor):
         raise ValueError(f"dense {factor}: not for this trunk; give a larger --size, --sides")
     remaining, dilation, dense = stride // factor, 1, []
     for row in rows:
-        kept = math.gcd(remaining, row.stride)  # the first strides are kept until that is used up
+        kept = math.gcd(remaining, row.stride)  # until the product is stride // factor
         pad = row.pad * dilation
         dense.append(row._replace(stride=kept, pad=pad, dilation=row.dilation * dilation))
         remaining //= kept
@@ -288,8 +289,8 @@ class Net(nn.Module):
         """The torch.device that it is on."""
         return self.mean.device
 
-    def run(self, x, rows, convs, dropout=0.0):
-        """Apply rows, with the convolutions' weights in order."""
+    def run_rows(self, x, rows, convs, dropout=0.0):
+        """Apply rows to x (B, D, h, w), with the convolutions' weights in order."""
         convs = iter(convs)
         for row in rows:
             if row.kind == "pool":
@@ -311,18 +312,20 @@ class Net(nn.Module):
     @torch.no_grad()
     def features(self, images):
         """What no gradient reaches and a cache may hold: images (B, 3, H, W) -> (B, D, h, w)."""
-        return self.run(self.normalise(images), self.frozen_rows, self.trunk)
+        return self.run_rows(self.normalise(images), self.frozen_rows, self.trunk)
 
     def maps(self, features):
         """Features -> the trunk's maps (B, D, h, w), by what is trained of it."""
-        return self.run(features, self.tuned_rows, self.trunk[self.frozen_convs :])
+        return self.run_rows(features, self.tuned_rows, self.trunk[self.frozen_convs :])
 
     def scores(self, maps, rows=None):
         """The trunk's maps (B, D, H, W) -> score map s (B, K, h, w), Eq. 1; rows: the head's."""
         dropout = self.dropout if self.head.training else 0.0
-        return self.run(maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout)
+        return self.run_rows(
+            maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout
+        )
 
-    def beneath(self, maps, rows=None):
+    def maps_beneath(self, maps, rows=None):
         """The trunk's maps (B, D, h', w'), cropped to the cells of `scores`: (B, D, h, w)."""
         rows = rows or self.head_rows
         h, w = (out_size(n, rows) for n in maps.shape[2:])
@@ -337,9 +340,9 @@ class Net(nn.Module):
         return torch.cat([scores[:, :1] - foreground, scores[:, 1:]], 1)
 
     def tagged_scores(self, scores, maps, tagged, background=0.3, sharpness=3):
-        """The same of one image whose tags are known: (1, C, h, w) of background and its tags.
+        """Scores of the labels of one image whose tags are known: (1, C, h, w).
 
-        tagged: their indices (C,), background's first. The mean of two log-softmaxes: of the
+        tagged: indices (C,) of background and its tags. The mean of two log-softmaxes: of the
         scores, where a frequent class suppresses a rare one (a rider the horse), and of `tag_maps`,
         where it cannot. There `background` is what an object has to exceed, `sharpness` a power."""
         by_scores = self.pixel_scores(scores, maps)[:, tagged].log_softmax(1)
@@ -363,17 +366,17 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def score_map(self, images):
-        """Scores of whole images, padded so that cell i sits on pixel step * i + offset.
+        """Scores of whole images, padded so that cell i sits on pixel stride * i + offset.
 
-        images (B, 3, H, W) in 0..255 -> scores (B, K, h, w), of ceil(H / step) and ceil(W / step)
-        cells; the trunk's maps beneath them (B, D, h, w); step and offset in pixels."""
+        images (B, 3, H, W) in 0..255 -> scores (B, K, h, w), of ceil(H / stride) and ceil(W /
+        stride) cells; the trunk's maps beneath them (B, D, h, w); stride and offset in pixels."""
         rows, depth = dense_rows(self.rows, self.dense), len(self.spec.rows)
         top, bottom, h, offset = centring(images.shape[2], rows)
         left, right, w, _ = centring(images.shape[3], rows)
         x = F.pad(self.normalise(images), (left, right, top, bottom))
-        maps = self.run(x, rows[:depth], self.trunk)
+        maps = self.run_rows(x, rows[:depth], self.trunk)
         scores = self.scores(maps, rows[depth:])[:, :, :h, :w].float()
-        maps = self.beneath(maps, rows[depth:])[:, :, :h, :w].float()
+        maps = self.maps_beneath(maps, rows[depth:])[:, :, :h, :w].float()
         return scores, maps, geometry(rows)[0], offset
 
 
@@ -389,9 +392,10 @@ def tag_maps(scores, maps, tags):
     over all classes, where it is above its median; averaged over cells that look alike."""
     margin = (scores[:, tags] - scores.mean(1, keepdim=True)).flatten(2)
     above = F.relu(margin - margin.median(2, keepdim=True).values)
-    spread = above @ affinity(maps)  # (1, C, h * w)
-    low, high = spread.amin(2, keepdim=True), spread.amax(2, keepdim=True)
-    share = (spread - low) / (high - low).clamp(min=1e-6)
+    averaged = above @ affinity(maps)  # (1, C, h * w)
+    low = averaged.amin(2, keepdim=True)
+    high = averaged.amax(2, keepdim=True)
+    share = (averaged - low) / (high - low).clamp(min=1e-6)
     return share.unflatten(2, scores.shape[2:])
 
 
@@ -407,15 +411,15 @@ def affinity(maps, power=2):
     return similarity / similarity.sum(0).clamp(min=1e-6)
 
 
-def upsample(scores, size, step, offset, seen=None):
-    """Bilinear interpolation from cells to pixels, exact for any step and offset; constant outside.
+def upsample(scores, size, stride, offset, seen=None):
+    """Bilinear interpolation from cells to pixels, exact at any stride, offset; constant outside.
 
-    scores (B, K, h, w), cell i on pixel step * i + offset -> (B, K, *size); seen: (H', W') of the
+    scores (B, K, h, w), cell i on pixel stride * i + offset -> (B, K, *size); seen: (H', W') of the
     image that the net has seen, if it was at another resolution than size, (H, W)."""
     matrices = []  # (H, h) and (W, w): weights of the cells in each pixel
     for n, cells, n_seen in zip(size, scores.shape[2:], seen or size):
         pixels = torch.arange(n, device=scores.device)
-        at = ((pixels + 0.5) * (n_seen / n) - 0.5 - offset) / step  # in cells
+        at = ((pixels + 0.5) * (n_seen / n) - 0.5 - offset) / stride  # in cells
         distance = at.clamp(0, cells - 1)[:, None] - torch.arange(cells, device=scores.device)
         matrices.append((1 - distance.abs()).clamp(min=0).to(scores.dtype))
     return matrices[0] @ scores @ matrices[1].T
@@ -441,6 +445,8 @@ def read_overfeat(path, name, params):
         raise ValueError(f"{found:,} bytes, but OverFeat's files have {' and '.join(known)}")
     values = np.fromfile(path, "<f4", sum(sizes)).astype(np.float32)
     blocks = torch.from_numpy(values).split(sizes)
+    if not all(block.any() for block in blocks):
+        raise ValueError("zeros in the place of weights")
     return [block.view_as(p) for block, p in zip(blocks, params)]
 
 
@@ -462,13 +468,15 @@ def load_trunk(net, path=""):
     try:
         if net.spec.hub:
             net.trunk[0].load_state_dict(read_state(path, source))
-            blocks = params
+            blocks = params  # filled already, only checked below
         elif source == "file":
             blocks = read_overfeat(path, name, params)
         else:
             state = read_state(path, source)
-            keys = [f"features.{n}.{part}" for n in range(99) for part in ("weight", "bias")]
-            blocks = [state[key] for key in keys if key in state]  # ReLUs, pools have numbers too
+            blocks = []
+            for n in range(99):  # more than VGG has: ReLUs and pools have numbers, too
+                if f"features.{n}.weight" in state:
+                    blocks += [state[f"features.{n}.weight"], state[f"features.{n}.bias"]]
         if [b.shape for b in blocks] != [p.shape for p in params]:
             raise ValueError(f"{len(blocks)} tensors, or others")
         if not all(b.isfinite().all() for b in blocks):
@@ -494,8 +502,8 @@ def fingerprint(layers):
 FORMAT = 2  # of a checkpoint; one of another edition is refused
 
 
-def public_names(net):
-    """How the names of those weights begin that a checkpoint leaves out: frozen public ones."""
+def left_out(net):
+    """Prefixes of the weights that a checkpoint leaves out: of a public trunk, frozen."""
     return tuple(f"trunk.{i}." for i in range(net.frozen_convs if net.spec.weights else 0))
 
 
@@ -503,7 +511,7 @@ def checkpoint(net, settings, step, optimizer):
     """What train.py saves: plain values, so that weights_only=True reads it."""
     kept = {}
     for name, tensor in net.state_dict().items():
-        if not name.startswith(public_names(net)):
+        if not name.startswith(left_out(net)):
             kept[name] = tensor.cpu()
     return {
         "format": FORMAT,
@@ -537,10 +545,10 @@ def build_net(settings, classes, generator=None):
 def load_weights(net, ckpt):
     """Fill net, its public trunk apart, from a checkpoint. Raises ValueError, RuntimeError."""
     missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
-    odd = unexpected + [name for name in missing if not name.startswith(public_names(net))]
+    odd = unexpected + [name for name in missing if not name.startswith(left_out(net))]
     odd += [name for name, tensor in ckpt["model"].items() if not tensor.isfinite().all()]
     if odd:
-        raise ValueError(f"damaged tensors {' '.join(odd)}")
+        raise ValueError(f"{len(odd)} damaged tensors, such as {odd[0]}")
     found = fingerprint(net.frozen_layers)
     if found != ckpt["trunk"]:
         wanted = f"those of fingerprint {ckpt['trunk']} with --weights FILE, not {found}"
@@ -552,9 +560,11 @@ def load_net(path, weights="", device="cpu", dense=None, sides=None):
 
     Raises what the functions above raise."""
     ckpt = read_checkpoint(path)
-    settings = {**ckpt["settings"]}
-    settings["dense"] = settings["dense"] if dense is None else dense
-    settings["sides"] = sides or settings["sides"]
+    settings = dict(ckpt["settings"])
+    if dense is not None:
+        settings["dense"] = dense
+    if sides:
+        settings["sides"] = sides
     net = build_net(settings, ckpt["classes"])
     if net.spec.weights and net.frozen_convs:
         load_trunk(net, weights or ckpt["settings"]["weights"])

@@ -200,7 +200,9 @@ def test_a_padded_pool_gives_the_cells_of_its_table():
     net = model.Net("tiny", ["background", "cat"])
     layers = [torch.nn.Conv2d(3, 4, 7)]
     for n in (63, 64, 65):
-        assert net.run(torch.zeros(1, 3, n, n), rows, layers).shape[2] == model.out_size(n, rows)
+        assert net.run_rows(torch.zeros(1, 3, n, n), rows, layers).shape[2] == model.out_size(
+            n, rows
+        )
 
 
 # Bytes of OverFeat's files, and their layers (out, in, kernel, stride, pad) or the side of a pool:
@@ -246,14 +248,16 @@ def test_overfeats_file_gives_the_features_of_a_slow_numpy_net(name):
     convs = iter(net.trunk)
     for layer, row in zip(layers, net.spec.rows, strict=True):
         slow, values = slow_layer(layer, slow, values)
-        fast = net.run(fast, [row], convs)  # a convolution takes the next
+        fast = net.run_rows(fast, [row], convs)  # a convolution takes the next
         assert np.abs(fast[0].numpy() - slow).max() <= 1e-4 * np.abs(slow).max(), layer
 
 
-@pytest.mark.parametrize("size, why", [(75_665_916, "75,665,916 bytes"), (75_665_920, "NaN or Inf"),
-                                       (583_683_488, "583,683,488.*--trunk overfeat-fast")])  # fmt: skip
-def test_other_weight_files_are_named(size, why):
-    np.full(9, np.nan, np.float32).tofile("weights")
+@pytest.mark.parametrize("value, size, why", [
+    (0.1, 75_665_916, "75,665,916 bytes"), (0.1, 583_683_488, "583,683,488.*--trunk overfeat-fast"),
+    (0, 578_625_952, "zeros"), (math.nan, 578_625_952, "NaN or Inf"),
+])  # fmt: skip
+def test_other_weight_files_are_named(value, size, why):
+    np.full(18_916_480, value, "<f4").tofile("weights")
     os.truncate("weights", size)
     with pytest.raises(OSError, match=why) as e:
         model.load_trunk(model.Net("overfeat", ["background", "cat"]), "weights")
@@ -271,11 +275,11 @@ def test_dense_equals_shift_and_stitch(name, factor, monkeypatch):
     layers = [*net.trunk, *net.head]
     x = torch.randn(1, 3, 233, 215, dtype=torch.double)
     step = model.geometry(net.rows)[0] // factor
-    fast = net.run(x, model.dense_rows(net.rows, factor), layers)
+    fast = net.run_rows(x, model.dense_rows(net.rows, factor), layers)
     slow = torch.full_like(fast, math.nan)
     for dy, dx in np.ndindex(factor, factor):
         shifted = x[:, :, dy * step :, dx * step :]
-        slow[:, :, dy::factor, dx::factor] = net.run(shifted, net.rows, layers)
+        slow[:, :, dy::factor, dx::factor] = net.run_rows(shifted, net.rows, layers)
     assert (fast - slow).abs().max() < 1e-12  # not so if one is left NaN
 
 
@@ -289,7 +293,7 @@ def test_upsampling_is_bilinear_between_cell_centres():
 
 
 # ---------------------------------------------------------------- aggregation and losses
-@pytest.mark.parametrize("name", model.AGGREGATIONS)
+@pytest.mark.parametrize("name", ["lse", "max", "mean", "sum"])
 def test_aggregations_have_the_papers_values_and_right_gradients(name):
     f = model.AGGREGATIONS[name]
     scores = torch.randn(2, 3, 5, 7, dtype=torch.double, requires_grad=True)
@@ -854,7 +858,7 @@ def test_own_labels_change_where_the_scores_do(trunk, size, monkeypatch):
     places = places_of_cells(net, size)
     ramp = torch.tensor(places - size / 3).float().expand(1, 1, len(places), len(places))
     scores = torch.cat([torch.zeros_like(ramp), ramp], 1)
-    monkeypatch.setattr(train, "look", lambda *given: (scores, None))
+    monkeypatch.setattr(train, "scores_and_maps", lambda *given: (scores, None))
     monkeypatch.setattr(net, "tagged_scores", lambda scores, maps, tagged: scores)
 
     labels = []
@@ -881,7 +885,7 @@ def test_foreground_lies_under_the_cells_of_the_scores(factor, kernel):
     net.foreground.weight[0, :, 0, 0] = net.head[0].weight.data[1, :, middle, middle]
     image = torch.from_numpy(random_image(0, 75, 110)).permute(2, 0, 1)[None]
     features = net.features(image)
-    in_training = net.scores(features), net.beneath(features)
+    in_training = net.scores(features), net.maps_beneath(features)
     net.dense = factor
     dense = net.score_map(image)[:2]
     for scores, beneath in (in_training, dense):
@@ -936,7 +940,7 @@ def test_foreground_is_found_without_labels(monkeypatch):
     maps = textures[objects].permute(0, 3, 1, 2) + 0.2 * torch.rand(40, 24, 8, 8)
     hint = 0.2 * objects[:, None] + torch.randn(40, 1, 8, 8)
     scores = torch.cat([torch.zeros_like(hint), hint], 1)
-    monkeypatch.setattr(train, "look", lambda net, photos, i: (scores[[i]], maps[[i]]))
+    monkeypatch.setattr(train, "scores_and_maps", lambda net, photos, i: (scores[[i]], maps[[i]]))
     net = model.Net("tiny", ["background", "cat"])
     net.foreground = torch.nn.Conv2d(24, 1, 1).requires_grad_(False)
     photos = data.tagged_photos([""] * 40, [{1}] * 40, net.classes)
@@ -1159,7 +1163,7 @@ def test_weak_training_and_inference_open_no_mask():
     # The ladder has all the rungs, and the published form of a model says nothing of its maker.
     out = ok("eval_voc ladder o/head.pt --voc VOC2012 --weights vgg.pth --json l.json")
     rows = json.loads(Path("l.json").read_text())["rows"]
-    assert list(rows) == ["base", "ilp", "ilp+sppxl", "ilp+bb", "ilp+seg", "ilp+refine"]
+    assert list(rows)[:6] == ["base", "ilp", "ilp+sppxl", "ilp+bb", "ilp+seg", "ilp+refine"]
     assert "paper, val" in out
     assert b"VOC2012" not in Path("o/head.pt").read_bytes()
 
@@ -1616,7 +1620,7 @@ def malformed_files():
 # Values that are wrong, and options that would do nothing.
 WRONG_FLAGS = {
     f"{TOY} --out out": "--batch 0|--lr nan|--dropout 2|--seed -1|--train-convs 9|--head x|--size 4"
-    "|--kernel ,|--dense 3|--device no|--stesp 5|--r 0|--save-every 3|--limit 3|--images photos"
+    "|--kernel ,|--dense 3|--device no|--stesp 5|--r 0|--limit 3|--images photos"
     "|--foreground 2|--self-steps 3|--masks photos|--lr 1e30 --optimizer sgd --steps 9",
     VOC: "--self-rounds 2|--toy-images 3|--sure 0.3|--trunk-lr 1|--r 3 --aggregation max",
     MASKS: "--self-steps 3",
@@ -1716,7 +1720,7 @@ def test_the_readmes_commands_run_as_written():
     make_folder()
     write("synsets.csv", "n01443537,cat\n")  # one photograph, to be quick
     save_vgg("vgg16_features.pth")
-    Path("net_weight_1").touch()
+    np.full(18_916_480, 0.01, "<f4").tofile("net_weight_1")
     os.truncate("net_weight_1", SLOW_OVERFEAT["overfeat"][0])
 
     masked = "--size 64 --head 8 --batch 4"

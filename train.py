@@ -50,7 +50,9 @@ TAKES = "N: 0, 1, ...; M: 1, 2, ...; M,M: several; K: N or -1; X: 0 or more; P: 
 
 @dataclasses.dataclass
 class Settings:
-    """Every setting is a flag; its comment is its help, whose first word says what it takes."""
+    """Every setting is a flag; its comment is its help, whose first word says what it takes.
+
+    A comment with [...] tells its own default; to others the default is appended."""
 
     # what a preset needs
     voc: str = ""  # DIR: voc: the devkit's VOC2012 folder
@@ -106,7 +108,7 @@ class Settings:
     workers: int = 0  # N: processes that load photographs, and label them
     threshold_images: int = 100  # M: training images from whose tags delta is fitted
     log_every: int = 20  # M: steps between lines of log.csv
-    save_every: int = 200  # M: steps between checkpoints, a multiple of LOG_EVERY
+    save_every: int = 200  # M: steps between checkpoints
     resume: bool = False  # continue the run in OUT
 
 
@@ -142,14 +144,15 @@ RUN_FILES = ["ckpt.pt", "head.pt", "log.csv", "settings.json", "scores.json", "c
 def train(net, batches, optimizer, s, stage, first, record):
     """Optimiser steps of one stage; keeps log.csv and ckpt.pt in s.out. record: plain_settings.
 
-    batches: of each step (images or cached features, tags (B, K), cell labels (B, h, w) or None).
+    batches: of each step (inputs: images, or cached features; tags (B, K); cell labels (B, h, w)
+    or None).
     stage: a range, steps that share a schedule; first: the first to do, later on if resumed."""
     out, device = Path(s.out), net.device
     trained = [p for p in net.parameters() if p.requires_grad]
     scores_of = torch.compile(net.scores) if s.compile else net.scores
     losses, start = [], time.perf_counter()
     net.head.train()  # with dropout; whatever the trunk is, it keeps to inference
-    for step, (images, tags, labels) in enumerate(batches, first):
+    for step, (inputs, tags, labels) in enumerate(batches, first):
         # Learning rate: each group's peak, times what the schedule says.
         factor = schedule(s, step, stage)
         for group in optimizer.param_groups:
@@ -159,13 +162,14 @@ def train(net, batches, optimizer, s, stage, first, record):
         # function of (seed, step).
         torch.manual_seed((s.seed * 1_000_003 + step) * WORLD + RANK)
         with torch.autocast(device.type, torch.bfloat16, enabled=net.amp):
-            features = images.float() if s.cache else net.features(images)
+            features = inputs.float() if s.cache else net.features(inputs)
             scores = scores_of(net.maps(features))  # (B, K, h, w), Eq. 1
 
         # Loss: of the tags and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
         tag_losses = net.loss(image_scores, tags)  # (B,), Eq. 3
-        loss = tag_losses.sum() / total(tags.any(1))  # images read by all processes: all are tagged
+        images = total(tags.any(1))  # of all processes: every image has a tag
+        loss = tag_losses.sum() / images
         if labels is not None:
             labelled = (labels != VOID).any(2).any(1)  # (B,)
             image_losses = pixel_loss(scores.float(), labels)
@@ -183,16 +187,17 @@ def train(net, batches, optimizer, s, stage, first, record):
         done = step + 1
         saves = done % s.save_every == 0 or done == stage.stop
         if done % s.log_every == 0 or saves:
-            loss, losses = torch.stack(losses).mean().item(), []
-            if not math.isfinite(loss):
+            mean_loss = torch.stack(losses).mean().item()
+            losses = []
+            if not math.isfinite(mean_loss):
                 raise InputError(f"{out}: the loss before step {done} is not finite; lower --lr")
             if RANK == 0:
                 lr = factor * s.lr
                 rate = (done - first) * s.batch / (time.perf_counter() - start)
                 left = (stage.stop - done) * s.batch / rate
-                print(f"{done:8} {loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
+                print(f"{done:8} {mean_loss:8.4f} {lr:9.2e} {rate:9.1f} {left:6.0f}s", flush=True)
                 with open(out / "log.csv", "a") as file:
-                    file.write(f"{done},{done * s.batch},{loss:.6f},{lr:.3e},{rate:.1f}\n")
+                    file.write(f"{done},{done * s.batch},{mean_loss:.6f},{lr:.3e},{rate:.1f}\n")
 
         # Save, whole or not at all.
         if saves and RANK == 0:
@@ -301,34 +306,33 @@ def mask_labels(net, photos, masks, s):
         alien = np.setdiff1d(labels, [*tags, 0, VOID]).size > 0
         missing = has_object and not np.isin(tags, labels).any()
         seen[tags] += 1
-        strange[tags] += alien or missing and not made  # infer.py's need not find every tag
+        strange[tags] += alien or (missing and not made)  # infer.py's need not find every tag
         background |= has_object and not labels.all()
 
     counts = []
     for name, few, all_masks in zip(photos.classes, strange, seen):
         if few:
             counts.append(f"{few:.0f} of {all_masks:.0f} of {name}")
-    what = f"masks that hold other classes than their tags: {', '.join(counts)}"
-    with data.reading(f"--masks {s.masks}", "class indices, 255 only as void"):
-        if ((strange > 0) & (strange >= seen / 2)).any():
-            raise ValueError(what)
-        if not background:
-            raise ValueError("no mask of an object has a pixel of background, 0")
+    what = f"--masks {s.masks}: masks that hold other classes than their tags: {', '.join(counts)}"
+    if ((strange > 0) & (strange >= seen / 2)).any():
+        raise InputError(f"{what}; expected class indices, 255 only as void")
+    if not background:
+        raise InputError(f"--masks {s.masks}: no mask of an object has a pixel of background, 0")
     if counts and RANK == 0:
-        print(f"--masks {s.masks}: {what}")
+        print(what)
     return found
 
 
 # ---------------------------------------------------------------- labels of the net's own making
 @torch.no_grad()
-def look(net, photos, i):
+def scores_and_maps(net, photos, i):
     """What the net gives for photo i: scores (1, K, h, w), the maps beneath them (1, D, h, w)."""
     _, features, _ = photos[i, 0.0]  # cached, not mirrored
     features = features[None].to(net.device).float()
     with torch.autocast(features.device.type, torch.bfloat16, enabled=net.amp):
         maps = net.maps(features)
         scores = net.scores(maps)
-    return scores.float(), net.beneath(maps).float()
+    return scores.float(), net.maps_beneath(maps).float()
 
 
 def learn_foreground(net, photos, s, steps=250, batch=32, most=1600):
@@ -341,7 +345,7 @@ def learn_foreground(net, photos, s, steps=250, batch=32, most=1600):
     net.eval()
     some, vectors, objects = data.spread(len(photos), most), [], []
     for i in data.progress(some, "training images looked at"):
-        scores, maps = look(net, photos, i)
+        scores, maps = scores_and_maps(net, photos, i)
         shares = scores[0, data.with_background(photos.tags[i])].softmax(0)  # (C, h, w)
         objects.append(1 - shares[0].flatten())
         vectors.append(model.of_mean_one(maps)[0].flatten(1).T.half())  # (h * w, D)
@@ -392,25 +396,27 @@ def own_labels(net, photos, s):
     """Self-training: (N, h, w) uint8 under the cells, made by net from each photo and its tags."""
     net.eval()
 
-    def scored():
+    def scored_photos():
         for i in data.progress(range(len(photos)), "training images labelled"):
             tagged = data.with_background(photos.tags[i])
-            scores = net.tagged_scores(*look(net, photos, i), tagged)
-            yield photos.paths[i], tagged, scores.cpu()
+            scores, maps = scores_and_maps(net, photos, i)
+            yield photos.paths[i], tagged, net.tagged_scores(scores, maps, tagged).cpu()
 
     stride, _, centre = model.geometry(net.rows)
-    places = net.cell_places(s.size)
-    label = functools.partial(label_cells, places, stride, centre, s.size, s.sure)
-    return np.stack(list(infer.overlapped(label, scored(), s.workers)))
+    label = functools.partial(label_cells, stride, centre, s.size, s.sure)
+    return np.stack(list(infer.overlapped(label, scored_photos(), s.workers)))
 
 
-def label_cells(places, stride, centre, size, sure, scored):
-    """Labels (h, w) of one photograph, of (path, classes (C,), their scores (1, C, h, w))."""
-    path, classes, scores = scored
+def label_cells(stride, centre, size, sure, scored):
+    """Labels (h, w) of one photograph, of (path, tagged classes (C,), their scores (1, C, h, w)).
+
+    Cell i sits on pixel centre + stride * i of the size x size pixels that the net has seen."""
+    path, tagged, scores = scored
     image = data.shrink(data.load_image(path, near=size), size)
     p = model.upsample(scores, image.shape[:2], stride, centre, (size, size)).softmax(1)[0]
     regions = infer.coarse_superpixels(image)
-    labels = infer.labels_from_tags(p.numpy(), classes, image, regions, sure)
+    labels = infer.labels_from_tags(p.numpy(), tagged, image, regions, sure)
+    places = centre + stride * torch.arange(scores.shape[2])
     return at_cells(labels, places, size)
 
 
@@ -435,7 +441,7 @@ def as_flag(value):
 
 def parse(argv):
     """Command line -> (preset, Settings, {what was given}); refuses unknown flags and values."""
-    usage = "train.py [toy|voc|paper|folder] [--setting value ...]"
+    usage = f"train.py [{'|'.join(PRESETS)}] [--setting value ...]"
     options = {"usage": usage, "epilog": TAKES, "argument_default": argparse.SUPPRESS}
     parser = data.Parser(description=__doc__, **options)
     parser.add_argument("preset", nargs="?", default="toy", help=f"{', '.join(PRESETS)} [toy]")
@@ -467,22 +473,30 @@ def parse(argv):
         value = getattr(s, name)
         if low is not None and not low <= value < high:
             parser.error(f"argument {flag(name)}: {value}; expected {low} or more, below {high}")
-
-    photographs = preset in ("voc", "folder")  # whole ones, squashed to size x size
-    s.size = s.size or TRUNKS[s.trunk].size
-    s.sides = s.sides or ((s.size,) if photographs else ())
-    s.self_steps = 0 if s.masks and "self_steps" not in given else s.self_steps
-    if photographs and (s.self_steps or s.masks) and "train_convs" not in given:
-        s.train_convs = TRUNKS[s.trunk].tuned
-    pretrained = photographs and TRUNKS[s.trunk].weights
-    if "trunk_lr" not in given and not pretrained:
-        s.trunk_lr = s.lr
-    s.cache = s.cache or (f"{s.out}/cache" if photographs and s.train_convs >= 0 else "no")
-    s.cache = "" if s.cache == "no" else s.cache
+    fill_in(preset, s, given)
     wrong = problem(preset, s, given)
     if wrong:
         parser.error(f"argument {wrong}")
     return preset, s, given
+
+
+def fill_in(preset, s, given):
+    """What depends on other settings, where it is not given."""
+    trunk = TRUNKS[s.trunk]
+    photographs = preset not in ("toy", "paper")  # whole ones, squashed to size x size
+    s.size = s.size or trunk.size
+    if photographs and not s.sides:
+        s.sides = (s.size,)
+    if s.masks and "self_steps" not in given:
+        s.self_steps = 0
+    if photographs and (s.self_steps or s.masks) and "train_convs" not in given:
+        s.train_convs = trunk.tuned
+    if "trunk_lr" not in given and not (photographs and trunk.weights):
+        s.trunk_lr = s.lr
+    if s.cache == "no":
+        s.cache = ""
+    elif not s.cache and photographs and s.train_convs >= 0:
+        s.cache = f"{s.out}/cache"
 
 
 def flag(name):
@@ -491,26 +505,26 @@ def flag(name):
 
 def problem(preset, s, given):
     """The first thing wrong with the settings, or given in vain; "" if nothing is."""
+    _, needed = SOURCES[preset]
+    for name in needed:
+        if not getattr(s, name):
+            return f"{flag(name)}: {preset} needs it"
     for other, (_, names) in SOURCES.items():
         for name in names:
-            if other == preset and not getattr(s, name):
-                return f"{flag(name)}: {preset} needs it"
-            if other != preset and name in given:
+            if name in given and name not in needed:
                 return f"{flag(name)}: {preset} does not read it; did you mean  train.py {other}  ?"
     convs = sum(row.kind != "pool" for row in TRUNKS[s.trunk].rows)
     widths = len(s.head or TRUNKS[s.trunk].head)
     toy, paper = preset == "toy", preset == "paper"
     if not -1 <= s.train_convs <= convs:
         return f"--train-convs: {s.trunk} has {convs}"
-    if s.save_every % s.log_every:
-        return f"--save-every: expected a multiple of --log-every, {s.log_every}"
     if s.batch % WORLD:
         return f"--batch: it cannot be shared by {WORLD} processes"
     if not s.r:
         return "--r: expected more than 0"
     if s.self_steps and (toy or not s.cache or s.masks):
         return "--self-steps: needs photographs, a --cache and no --masks; else give 0"
-    if s.masks and (paper or s.jitter and not s.cache):
+    if s.masks and (paper or (s.jitter and not s.cache)):
         return "--masks: labels are not cropped or turned; add --no-jitter or --cache, not paper"
     if s.cache and (paper or s.train_convs < 0):
         return "--cache: nothing is frozen, or images are cropped afresh; give --cache no"
@@ -636,7 +650,7 @@ def load_photos(preset, s):
 
 def describe(preset, s, given, net, photos):
     """Print what the run uses: photographs, classes, network, and what was asked for."""
-    none = int(photos.tags[:, 0].sum())
+    none = int(photos.tags[:, 0].sum())  # of background alone
     if none == len(photos):
         raise InputError("no photograph has an object; expected some of each class")
     kinds = f"{len(photos) - none:,} with objects, {none:,} of background alone"
@@ -662,7 +676,7 @@ def prepare_net(s, classes):
     generator = torch.Generator().manual_seed(s.seed)
     try:
         net = model.build_net(dataclasses.asdict(s), classes, generator)
-    except ValueError as e:
+    except ValueError as e:  # "dense 3: ..."
         raise InputError(f"--{e}") from e
     least = model.in_size(1, net.rows)
     if s.size < least:
@@ -692,9 +706,9 @@ def cached(net, photos, s):
 
 
 def round_labels(net, photos, s, file, made):
-    """Labels (N, h, w) to learn in a round of self-training: file holds them, or will if not made.
+    """Labels (N, h, w) to learn in a round of self-training, read from a file.
 
-    Before they are made the foreground is learned, of the features as they are then."""
+    Unless it is made the first process writes it before, with a foreground that it learns first."""
     with first_process_first():
         if RANK == 0 and not made:
             learn_foreground(net, photos, s)
@@ -715,29 +729,32 @@ def run_stages(net, photos, s, record, saved):
     """The first stage learns the tags, and masks if given; later ones labels of the net's own, too.
 
     saved: the checkpoint to go on from, or {"step": 0}."""
-    rounds = s.self_rounds if s.self_steps else 0
-    for turn in range(1 + rounds):
-        begin = s.steps + (turn - 1) * s.self_steps if turn else 0
-        end = s.steps + turn * s.self_steps
-        first = max(begin, saved["step"])
-        if first >= end:
-            continue  # before this --resume
-        if turn:
-            made = first > begin
-            photos.labels = round_labels(net, photos, s, Path(s.out, f"self{turn}.npy"), made)
+    stages = [range(s.steps)]
+    for _ in range(s.self_rounds if s.self_steps else 0):
+        end = stages[-1].stop
+        stages.append(range(end, end + s.self_steps))
+
+    for number, stage in enumerate(stages):
+        first = max(stage.start, saved["step"])
+        if first >= stage.stop:
+            continue  # done before this --resume
+        resumed = first > stage.start
+        if number > 0:
+            file = Path(s.out, f"self{number}.npy")
+            photos.labels = round_labels(net, photos, s, file, made=resumed)
 
         # If labels will come the trunk waits for them: tuned on tags it finds these less well.
-        trunk_learns = turn > 0 or rounds == 0
+        trunk_learns = number > 0 or len(stages) == 1
         net.trunk[net.frozen_convs :].requires_grad_(trunk_learns)
         optimizer = make_optimizer(net, s)
-        if first > begin:
+        if resumed:
             optimizer.load_state_dict(saved["optimizer"])
         if RANK == 0:
-            what = f"its own labels, round {turn}" if turn else "tags"
-            print(f"steps {first} to {end}: learning {what}")
+            what = f"its own labels, round {number}" if number else "tags"
+            print(f"steps {first} to {stage.stop}: learning {what}")
             print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
-        batches = make_batches(photos, s, net.device, range(first, end))
-        train(net, batches, optimizer, s, range(begin, end), first, record)
+        batches = make_batches(photos, s, net.device, range(first, stage.stop))
+        train(net, batches, optimizer, s, stage, first, record)
 
 
 def readable(photos, indices):
@@ -752,7 +769,7 @@ def finish(net, photos, s, record, scenes):
     out = Path(s.out)
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
-    if s.cache and s.masks:  # after which no self-training has learned the foreground
+    if s.cache and s.masks:  # without self-training, in which the foreground is learned
         learn_foreground(net, photos, s)
         ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
         ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
@@ -762,7 +779,7 @@ def finish(net, photos, s, record, scenes):
     with data.writing(out / "ckpt.pt") as file:
         torch.save(ckpt, file)
     halved = {name: tensor.half() for name, tensor in ckpt["model"].items()}
-    settings = {**record, **dict.fromkeys(PATHS, ""), "masks": "given" if s.masks else ""}
+    settings = {**record, **dict.fromkeys([*PATHS, "masks"], "")}
     head = {**ckpt, "model": halved, "optimizer": {}, "settings": settings}
     with data.writing(out / "head.pt") as file:
         torch.save(head, file)
