@@ -365,13 +365,13 @@ def read_batches(photos, keys, workers=0, pin=False):
         raise InputError(f"--workers {workers}: {why}; give --workers 0") from e
 
 
-def note_broken(photos, found, known):
-    """Name each broken photo once: found {index: why}, known: those named, which grows.
+def note_broken(photos, broken, known):
+    """Name each broken photo once: broken {index: why}, known: those named, which grows.
 
     Raises InputError where more than 1 % of 100 or more photographs are broken, or all of them."""
-    for i in found.keys() - known.keys():
-        known[i] = found[i]
-        print(f"left out: {found[i]}", file=sys.stderr)
+    for i in broken.keys() - known.keys():
+        known[i] = broken[i]
+        print(f"left out: {broken[i]}", file=sys.stderr)
     many = len(photos) >= 100 and len(known) > 0.01 * len(photos)
     if many or len(known) == len(photos):
         count = f"{len(known)} of {len(photos)} photographs cannot be read"
@@ -424,17 +424,17 @@ def write_features(file, note, photos, compute, full_shape, workers, block=16):
 
     keys = [(i, 0.5) for i in range(len(photos))]
     blocks = [keys[start : start + block] for start in range(0, len(keys), block)]
-    broken, batches = {}, read_batches(photos, blocks, workers)
+    known_broken, batches = {}, read_batches(photos, blocks, workers)
     with writing(file) as out:
         header = {"descr": "<f2", "fortran_order": False, "shape": full_shape}
         np.lib.format.write_array_header_1_0(out, header)
-        for part, (indices, images, _, found) in zip(progress(blocks, "blocks cached"), batches):
-            note_broken(photos, found, broken)
+        for part, (indices, images, _, broken) in zip(progress(blocks, "blocks cached"), batches):
+            note_broken(photos, broken, known_broken)
             features = np.zeros((len(part), *full_shape[1:]), np.float16)
             if indices:
                 features[np.array(indices) - part[0][0]] = compute(images).half().cpu().numpy()
             out.write(features.tobytes())
-    write_json(note, sorted(broken))
+    write_json(note, sorted(known_broken))
 
 
 # ---------------------------------------------------------------- masks: for --masks only
@@ -442,18 +442,21 @@ def find_masks(photos, folder):
     """(photos, files): those to learn from per pixel, each one's mask; None: background.
 
     A mask is <photograph's name>.png; a photo without one counts if its only tag is background."""
-    there = {p.stem: p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() == ".png"}
-    masks = [there.get(Path(path).stem) for path in photos.paths]
-    found = [mask for mask in masks if mask]
-    counts = f"{len(found)} of {len(photos)} photographs have a mask"
-    if not found or len(set(found)) < len(found):
+    files = {}
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix.lower() == ".png":
+            files[path.stem] = path
+    masks = [files.get(Path(path).stem) for path in photos.paths]
+    masked = [i for i, mask in enumerate(masks) if mask]
+    counts = f"{len(masked)} of {len(photos)} photographs have a mask"
+    if not masked or len({masks[i] for i in masked}) < len(masked):
         wanted = "expected <photograph's name>.png, and no two photographs of one name"
         raise InputError(f"--masks {folder}: {counts}; {wanted}")
-    indices = [i for i, mask in enumerate(masks) if mask or photos.tags[i, 0] > 0]
-    say_turned([photos.paths[i] for i in indices if masks[i]])
-    plain, left_out = len(indices) - len(found), len(photos) - len(indices)
+    say_turned([photos.paths[i] for i in masked])
+    kept = [i for i, mask in enumerate(masks) if mask or photos.tags[i, 0] > 0]
+    plain, left_out = len(kept) - len(masked), len(photos) - len(kept)
     print(f"--masks {folder}: {counts}, {plain} others are background alone, {left_out} left out")
-    return photos.take(indices), [masks[i] for i in indices]
+    return photos.take(kept), [masks[i] for i in kept]
 
 
 def say_turned(paths):
@@ -565,8 +568,8 @@ def voc_ids(voc, name, kinds=("Segmentation", "Main")):
     bad = [i for i in ids if not i.strip(".") or set(i) & set("\\:\0")]
     bad += [row[1] for row in rows if len(row) > 1 and "/" not in row[1]]  # no mask's path
     if not ids or bad or len(set(ids)) < len(ids):
-        found = f"{len(ids)} ids, {len(set(ids))} different ones, bad: {bad[:1]}"
-        raise InputError(f"{path}: {found}; expected {expected}")
+        why = f"{len(ids)} ids, {len(set(ids))} different ones, bad: {bad[:1]}"
+        raise InputError(f"{path}: {why}; expected {expected}")
     return ids
 
 
@@ -631,16 +634,16 @@ def image_files(folder):
     Image.init()
     kinds = set(Image.OPEN) | {"MPO"}  # which its JPEG reader opens
     known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
-    there = []
+    all_files = []
     for path in sorted(Path(folder).rglob("*")):
         hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
         if not hidden and (path.is_symlink() or not path.is_dir()):
-            there.append(path)
-    files = [p for p in there if p.suffix.lower() in known and p.is_file()]
+            all_files.append(path)
+    files = [p for p in all_files if p.suffix.lower() in known and p.is_file()]
     if not files:
         expected = "expected images that Pillow reads, such as JPEG or PNG (not HEIC)"
         raise InputError(f"{folder}: no such folder, or no image below it; {expected}")
-    others = sorted(set(there) - set(files))
+    others = sorted(set(all_files) - set(files))
     if others:
         kinds = " ".join(sorted({path.suffix or path.name for path in others}))
         print(f"{folder}: {len(others)} other files are left out: {kinds}")
@@ -679,9 +682,9 @@ def imagenet_photos(folder, synsets=""):
     paths, tags = [], []
     for wnid in sorted(table):
         if Path(folder, wnid).is_dir():
-            found = image_files(Path(folder, wnid))
-            paths += found
-            tags += [{table[wnid]}] * len(found)
+            files = image_files(Path(folder, wnid))
+            paths += files
+            tags += [{table[wnid]}] * len(files)
     if not paths:
         raise InputError(f"{folder}: no folder that {path} lists; expected n02123045/x.JPEG")
     return tagged_photos(paths, tags, VOC_CLASSES)

@@ -28,7 +28,7 @@ PAPER = {"base": 17.8, "ilp": 32.6, "ilp+sppxl": 36.6, "ilp+bb": 37.8, "ilp+seg"
 
 
 # ---------------------------------------------------------------- the measure
-def confusion(truth, prediction, classes):
+def confusion(truth, prediction, K):
     """Joint histogram of one image, (K, K) int64; pixels whose truth is 255 (void) are left out.
 
     truth, prediction: (H, W) uint8. Raises ValueError where the sizes differ or an index is no
@@ -39,11 +39,10 @@ def confusion(truth, prediction, classes):
     labelled = truth != VOID
     true, predicted = truth[labelled].astype(np.int64), prediction[labelled]
     highest = max(prediction.max(), true.max(initial=0))
-    if highest >= classes:
-        wanted = f"expected 0..{classes - 1}, 255 is not allowed"
+    if highest >= K:
+        wanted = f"expected 0..{K - 1}, 255 is not allowed"
         raise ValueError(f"it or its truth holds index {highest}; {wanted}")
-    counts = np.bincount(true * classes + predicted, minlength=classes * classes)
-    return counts.reshape(classes, classes)
+    return np.bincount(true * K + predicted, minlength=K * K).reshape(K, K)
 
 
 def measures(matrix):

@@ -392,10 +392,10 @@ PRIORS = {  # name: f(p (K, H, W) after Eq. 7, Scene) -> labels (H, W)
 }
 
 
-def fit_thresholds(net, samples, borrowed=3, steps=50):
+def fit_thresholds(net, tagged_images, borrowed=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
-    samples: of (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
+    tagged_images: (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
     makes from them. Of the multiples of 1 / steps delta_k has the largest
     n_k * IoU_k + borrowed * (mean IoU of the objects), where n_k images show k. Returns {} if no
     image has an object."""
@@ -404,7 +404,7 @@ def fit_thresholds(net, samples, borrowed=3, steps=50):
     drawn = np.zeros((len(names), steps, K))  # all pixels above it
     area, images = np.zeros(K), np.zeros(K)  # pixels of each class, and images with it
     objects = False  # whether any image has one
-    for image, tags in samples:
+    for image, tags in tagged_images:
         objects |= bool(tags[1:].any())
         scene, (p, q) = Scene(image), predict(net, image)
         tagged = data.with_background(tags)
@@ -434,7 +434,7 @@ def overlay(image, labels, alpha=0.6):
     return np.where((labels > 0)[..., None], mix, image).astype(np.uint8)
 
 
-def save_panel(path, net, samples, prior="refine", ilp_form="objects", width=170):
+def save_panel(path, net, scenes, prior="refine", ilp_form="objects", width=170):
     """A contact sheet, a row for each (Scene, truth (H, W), or None in all); ilp_form None: no ILP.
 
     The image; maps of the three likeliest classes, under their names in the labels' colours; the
@@ -452,7 +452,7 @@ def save_panel(path, net, samples, prior="refine", ilp_form="objects", width=170
         return np.asarray(image)
 
     rows = []
-    for scene, truth in samples:
+    for scene, truth in scenes:
         p, q = predict(net, scene.image)
         cells = [cell("image", scene.image)]
         for k in [k for k in np.argsort(-q) if k > 0][:3]:
@@ -600,11 +600,11 @@ def files_to_label(args, tags):
     else:
         files = []
         for path in map(Path, args.images):
-            found = data.image_files(path) if path.is_dir() else [path]
-            photos = [file for file in found if file.suffix != ".png" or not is_ours(file)]
+            images = data.image_files(path) if path.is_dir() else [path]
+            photos = [file for file in images if file.suffix != ".png" or not is_ours(file)]
             files += photos
-            if len(photos) < len(found):
-                print(f"{path}: left out: {len(found) - len(photos)} pictures that infer.py made")
+            if len(photos) < len(images):
+                print(f"{path}: left out: {len(images) - len(photos)} pictures that infer.py made")
         if not files:
             raise InputError(f"{args.images[0]}: no photograph, only labels")
     return files
@@ -747,10 +747,11 @@ def main():
             print(f"{files[0]}: {', '.join(words)}")
     whole = [file for file in files if file not in broken]
     if args.panel and whole:
-        scenes = [scene_of(data.load_image(file), name=file.stem) for file in whole[:20]]
-        samples = [(scene, None) for scene in scenes]
-        save_panel(args.panel, net, samples, args.prior, args.ilp_form if args.ilp else None)
-        print(f"drew {len(samples)} of them in {args.panel}")
+        scenes = []
+        for file in whole[:20]:
+            scenes.append((scene_of(data.load_image(file), name=file.stem), None))
+        save_panel(args.panel, net, scenes, args.prior, args.ilp_form if args.ilp else None)
+        print(f"drew {len(scenes)} of them in {args.panel}")
     speed = len(files) / (time.perf_counter() - start)
     kind = "training labels (known tags)" if tags else "label maps"
     print(f"wrote {len(whole)} {kind} to {args.out}/, {speed:.2f} images/s")

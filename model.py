@@ -439,10 +439,10 @@ def hub_module(hub):
 
 def read_overfeat(path, name, params):
     """OverFeat's headerless little-endian float32, weight then bias of each layer, as tensors."""
-    sizes, found = [p.numel() for p in params], os.path.getsize(path)
-    if found not in (4 * sum(sizes), OVERFEAT_BYTES[name]):
+    sizes, length = [p.numel() for p in params], os.path.getsize(path)
+    if length not in (4 * sum(sizes), OVERFEAT_BYTES[name]):
         known = [f"{size:,} (--trunk {trunk})" for trunk, size in OVERFEAT_BYTES.items()]
-        raise ValueError(f"{found:,} bytes, but OverFeat's files have {' and '.join(known)}")
+        raise ValueError(f"{length:,} bytes, but OverFeat's files have {' and '.join(known)}")
     values = np.fromfile(path, "<f4", sum(sizes)).astype(np.float32)
     blocks = torch.from_numpy(values).split(sizes)
     if not all(block.any() for block in blocks):
@@ -549,9 +549,9 @@ def load_weights(net, ckpt):
     odd += [name for name, tensor in ckpt["model"].items() if not tensor.isfinite().all()]
     if odd:
         raise ValueError(f"{len(odd)} damaged tensors, such as {odd[0]}")
-    found = fingerprint(net.frozen_layers)
-    if found != ckpt["trunk"]:
-        wanted = f"those of fingerprint {ckpt['trunk']} with --weights FILE, not {found}"
+    actual = fingerprint(net.frozen_layers)
+    if actual != ckpt["trunk"]:
+        wanted = f"those of fingerprint {ckpt['trunk']} with --weights FILE, not {actual}"
         raise ValueError(f"its head was trained on other trunk weights; give {wanted}")
 
 

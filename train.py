@@ -257,15 +257,15 @@ def batch_keys(s, n, step):
 
 def make_batches(photos, s, device, steps):
     """Yield each step's (images or features, tags, labels or None): this process's share of it."""
-    broken, waited, start = {}, 0.0, time.perf_counter()
+    known_broken, waited, start = {}, 0.0, time.perf_counter()
     keys = (batch_keys(s, len(photos), step)[RANK::WORLD] for step in steps)
     workers = 0 if s.cache else s.workers  # features need no decoding
     batches = data.read_batches(photos, keys, workers, device.type == "cuda")
     for step in steps:
         asked = time.perf_counter()
-        indices, images, labels, found = next(batches)
+        indices, images, labels, broken = next(batches)
         waited += time.perf_counter() - asked
-        data.note_broken(photos, found, broken)
+        data.note_broken(photos, broken, known_broken)
         if images is None:  # all of them broken: the other processes count on this one
             images = torch.zeros(0, 3, s.size, s.size)
             labels = None if photos.labels is None else torch.from_numpy(photos.labels[:0])
@@ -293,14 +293,14 @@ def at_cells(labels, places, size):
 def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path each, None: all background."""
     places = net.cell_places(s.size)
-    found = np.zeros((len(masks), len(places), len(places)), np.uint8)
+    cell_labels = np.zeros((len(masks), len(places), len(places)), np.uint8)
     K, background = len(photos.classes), False
     seen, strange = np.zeros(K), np.zeros(K)  # masks of each tag; of them, those of other classes
     for i, mask in enumerate(data.progress(masks, "masks read")):
         if mask is None:
             continue
         labels, made = data.read_mask(mask, photos.paths[i], photos.classes)
-        found[i] = at_cells(labels, places, s.size)
+        cell_labels[i] = at_cells(labels, places, s.size)
         tags = np.flatnonzero(photos.tags[i])
         has_object = tags[0] > 0
         alien = np.setdiff1d(labels, [*tags, 0, VOID]).size > 0
@@ -320,7 +320,7 @@ def mask_labels(net, photos, masks, s):
         raise InputError(f"--masks {s.masks}: no mask of an object has a pixel of background, 0")
     if counts and RANK == 0:
         print(what)
-    return found
+    return cell_labels
 
 
 # ---------------------------------------------------------------- labels of the net's own making
@@ -343,8 +343,8 @@ def learn_foreground(net, photos, s, steps=250, batch=32, most=1600):
     backgrounds, too, and those of the one unlike those of the other. Which is which is told by the
     scores of background and the tagged classes."""
     net.eval()
-    some, vectors, objects = data.spread(len(photos), most), [], []
-    for i in data.progress(some, "training images looked at"):
+    used, vectors, objects = data.spread(len(photos), most), [], []
+    for i in data.progress(used, "training images looked at"):
         scores, maps = scores_and_maps(net, photos, i)
         shares = scores[0, data.with_background(photos.tags[i])].softmax(0)  # (C, h, w)
         objects.append(1 - shares[0].flatten())
@@ -358,7 +358,7 @@ def learn_foreground(net, photos, s, steps=250, batch=32, most=1600):
     optimizer = torch.optim.AdamW(layers.parameters(), 1e-2, weight_decay=1e-4)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        chosen = torch.randperm(len(some))[:batch]
+        chosen = torch.randperm(len(used))[:batch]
         cells = vectors[chosen.to(vectors.device)].float()  # (B, h * w, D)
         share = layers(cells.flatten(0, 1)).sigmoid().view(len(chosen), 1, -1)  # (B, 1, h * w)
         front = F.normalize((share @ cells)[:, 0], dim=1)  # (B, D)
@@ -423,15 +423,15 @@ def label_cells(stride, centre, size, sure, scored):
 # ---------------------------------------------------------------- the command line
 def settings_help():
     """{setting: (group, what it takes or "", help)}, read from the comments of Settings."""
-    found, group = {}, ""
+    described, group = {}, ""
     for line in inspect.getsource(Settings).splitlines():
         heading = re.fullmatch(r"    # (.*)", line)
         setting = re.fullmatch(r"    (\w+): .*?  # (?:([A-Z,]+): )?(.*)", line)
         if heading:
             group = heading[1]
         elif setting:
-            found[setting[1]] = group, setting[2] or "", setting[3]
-    return found
+            described[setting[1]] = group, setting[2] or "", setting[3]
+    return described
 
 
 def as_flag(value):
@@ -773,8 +773,8 @@ def finish(net, photos, s, record, scenes):
         learn_foreground(net, photos, s)
         ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
         ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
-    some = data.progress(data.spread(len(photos), s.threshold_images), "thresholds")
-    thresholds = infer.fit_thresholds(net, readable(photos, some))
+    used = data.progress(data.spread(len(photos), s.threshold_images), "thresholds")
+    thresholds = infer.fit_thresholds(net, readable(photos, used))
     ckpt.update(settings=record, thresholds=thresholds)
     with data.writing(out / "ckpt.pt") as file:
         torch.save(ckpt, file)
@@ -790,13 +790,13 @@ def finish(net, photos, s, record, scenes):
         report, _ = eval_voc.ladder(net, scenes, scene_of, "objects", priors)
         eval_voc.print_ladder(report)
         data.write_json(out / "scores.json", report)
-        samples = [(infer.Scene(image), labels) for _, image, labels in scenes[:6]]
+        rows = [(infer.Scene(image), labels) for _, image, labels in scenes[:6]]
     else:
-        some = readable(photos, data.spread(len(photos), 6))
-        samples = [(infer.Scene(image), None) for image, _ in some]
+        six = readable(photos, data.spread(len(photos), 6))
+        rows = [(infer.Scene(image), None) for image, _ in six]
     log = np.genfromtxt(out / "log.csv", delimiter=",", names=True, ndmin=1)
     infer.save_chart(out / "curves.png", {"loss": (log["step"], log["loss"])}, "step")
-    infer.save_panel(out / "panel.png", net, samples)
+    infer.save_panel(out / "panel.png", net, rows)
 
 
 def main():
