@@ -383,6 +383,7 @@ class Scene:
         return relative(segment_cover(segments, scores, regions))
 
 
+FITTED = ("bb", "seg")  # priors that have thresholds; each is a property of Scene, too
 PRIORS = {  # name: f(p (K, H, W) after Eq. 7, Scene) -> labels (H, W)
     "none": lambda p, scene: p.argmax(0),
     "sppxl": lambda p, scene: vote(p.argmax(0), scene.regions),
@@ -399,9 +400,9 @@ def fit_thresholds(net, tagged_images, borrowed=3, steps=50):
     makes from them. Of the multiples of 1 / steps delta_k has the largest
     n_k * IoU_k + borrowed * (mean IoU of the objects), where n_k images show k. Returns {} if no
     image has an object."""
-    K, names = len(net.classes), ("bb", "seg")
-    hits = np.zeros((len(names), steps, K))  # right pixels above each threshold
-    drawn = np.zeros((len(names), steps, K))  # all pixels above it
+    K = len(net.classes)
+    hits = np.zeros((len(FITTED), steps, K))  # right pixels above each threshold
+    drawn = np.zeros((len(FITTED), steps, K))  # all pixels above it
     area, images = np.zeros(K), np.zeros(K)  # pixels of each class, and images with it
     objects = False  # whether any image has one
     for image, tags in tagged_images:
@@ -412,7 +413,7 @@ def fit_thresholds(net, tagged_images, borrowed=3, steps=50):
         labels = labels_from_tags(known, tagged, image, scene.regions, sure=0)
         counts = np.bincount(labels.ravel(), minlength=K)
         area, images = area + counts, images + (counts > 0)
-        for prior, name in enumerate(names):
+        for prior, name in enumerate(FITTED):
             k, v = evidence(ilp(p, q), getattr(scene, name))
             for step in range(steps):
                 above = v > step / steps
@@ -424,7 +425,7 @@ def fit_thresholds(net, tagged_images, borrowed=3, steps=50):
     iou = hits / np.maximum(drawn + area - hits, 1)  # (2, steps, K)
     weighed = images * iou + borrowed * iou[..., 1:].mean(2, keepdims=True)
     deltas = weighed.argmax(1) / steps  # (2, K)
-    return dict(zip(names, deltas.tolist()))
+    return dict(zip(FITTED, deltas.tolist()))
 
 
 # ---------------------------------------------------------------- pictures
@@ -560,7 +561,7 @@ def open_net(path, args, priors):
     """(net, what makes a Scene of a photo and its name), for these priors. Raises InputError."""
     if (args.boxes and "bb" not in priors) or (args.mcg and "seg" not in priors):
         raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
-    fitted = {"bb", "seg"}.intersection(priors)
+    fitted = set(FITTED) & set(priors)
     with data.reading(path, "a checkpoint of train.py, ckpt.pt or head.pt"):
         net, ckpt = model.load_net(path, args.weights, args.device, args.dense, args.sides)
         if fitted and not ckpt["thresholds"]:

@@ -132,9 +132,8 @@ SOURCES = {  # preset: its tagged photographs; the settings that it alone reads,
 CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": list(LOSSES),
            "optimizer": ["sgd", "adam"], "schedule": ["steps", "cosine"]}
 RANGES = {"N": (0, 2**32), "M": (1, 2**32), "X": (0, math.inf), "P": (0, 1)}  # low <= x < high
-PATHS = ["voc", "imagenet", "images", "tags", "weights", "background", "synsets", "cache", "out"]
-MAY_CHANGE = [*PATHS, "device", "compile", "workers", "threshold_images", "toy_scenes", "dense",
-              "sides", "save_every", "steps", "self_steps", "self_rounds", "resume"]  # on --resume
+MAY_CHANGE = ["device", "compile", "workers", "threshold_images", "toy_scenes", "dense", "sides",
+              "save_every", "steps", "self_steps", "self_rounds", "resume"]  # on --resume, and paths
 RUN_FILES = ["ckpt.pt", "head.pt", "log.csv", "settings.json", "scores.json", "curves.png",
              "panel.png"]
 # fmt: on
@@ -434,6 +433,11 @@ def settings_help():
     return described
 
 
+def paths():
+    """Names of the settings that are a file or a folder."""
+    return [name for name, (_, takes, _) in settings_help().items() if takes in ("DIR", "FILE")]
+
+
 def as_flag(value):
     """A setting's value as its flag takes it: (3, 1) as 3,1."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -574,7 +578,7 @@ def read_resumed(path, record, net):
         ckpt = model.read_checkpoint(path)
         was = {**ckpt["settings"], "classes": ckpt["classes"]}
         now = {**record, "classes": net.classes}
-        fixed = [name for name in now if name not in MAY_CHANGE]
+        fixed = [name for name in now if name not in MAY_CHANGE + paths()]
         if not ckpt["optimizer"]:
             raise ValueError("a head.pt, which keeps no optimiser")
         self_training = ckpt["step"] > min(was["steps"], now["steps"])  # by either count
@@ -779,14 +783,14 @@ def finish(net, photos, s, record, scenes):
     with data.writing(out / "ckpt.pt") as file:
         torch.save(ckpt, file)
     halved = {name: tensor.half() for name, tensor in ckpt["model"].items()}
-    settings = {**record, **dict.fromkeys([*PATHS, "masks"], "")}
+    settings = {**record, **dict.fromkeys(paths(), "")}
     head = {**ckpt, "model": halved, "optimizer": {}, "settings": settings}
     with data.writing(out / "head.pt") as file:
         torch.save(head, file)
 
     if scenes:
         scene_of = functools.partial(infer.Scene, delta=thresholds)
-        priors = [name for name in infer.PRIORS if thresholds or name not in ("bb", "seg")]
+        priors = [name for name in infer.PRIORS if thresholds or name not in infer.FITTED]
         report, _ = eval_voc.ladder(net, scenes, scene_of, "objects", priors)
         eval_voc.print_ladder(report)
         data.write_json(out / "scores.json", report)
