@@ -538,8 +538,8 @@ def collect(job):
 def numbers(text):
     """A flag's 512,256 -> (512, 256); raises ArgumentTypeError where one is no positive number."""
     words = text.split(",")
-    if not all(word.isdecimal() and 0 < int(word) < 100_000 for word in words):
-        raise argparse.ArgumentTypeError(f"'{text}'; expected numbers such as 288,432")
+    if not all(word.isdecimal() and 0 < int(word) <= 4096 for word in words):
+        raise argparse.ArgumentTypeError(f"'{text}'; expected numbers such as 288,432, up to 4096")
     return tuple(int(word) for word in words)
 
 
