@@ -177,7 +177,7 @@ def reading(path, expected):
         if isinstance(e, InputError) or getattr(e, "filename", None):
             raise  # it names its file
         why = str(e).partition("\n")[0]
-        if not 0 < len(why) < 160:  # torch's advice there is to execute the file
+        if not 0 < len(why) < 160:  # torch's long message advises to execute the file
             why = type(e).__name__
         raise InputError(f"{path}: {why}; expected {expected}") from e
 
@@ -276,7 +276,8 @@ def load_image(path, near=None):
             image = Image.fromarray(to_8_bits(np.asarray(image)).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            if image.getchannel("A").getextrema() == (0, 255):  # else it is another channel's
+            # A fourth channel that does not span 0..255 is another one, such as infrared.
+            if image.getchannel("A").getextrema() == (0, 255):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert("RGB"))
         if deep and pixels.max() < 64:  # 12 or 14 bits, of which Pillow takes the upper 8 of 16
@@ -309,7 +310,7 @@ class Photos:
     crop: bool = False  # squares cropped (the paper) instead of whole photographs squashed
     labels: np.ndarray | None = None  # (N, h, w) uint8: under the score map's cells, if any
     features: np.ndarray | None = None  # (rows, D, h, w) float16: cached, if any
-    rows: list = ()  # the row of each photo's features
+    feature_rows: list = ()  # the row of each photo's features
     mirror: bool = False  # mirror features where draw >= 0.5
 
     def __len__(self):
@@ -322,7 +323,7 @@ class Photos:
         i, draw = key
         labels = None if self.labels is None else torch.from_numpy(self.labels[i])
         if self.features is not None:
-            x = torch.from_numpy(self.features[self.rows[i]].copy())
+            x = torch.from_numpy(self.features[self.feature_rows[i]].copy())
             if self.mirror and draw >= 0.5:
                 x = x.flip(-1)
                 labels = None if labels is None else labels.flip(-1)
@@ -362,7 +363,7 @@ def read_batches(photos, keys, workers=0, pin=False):
     loader = torch.utils.data.DataLoader(photos, batch_sampler=keys, **options)
     try:
         yield from loader
-    except RuntimeError as e:  # torch's, when a process of its is gone
+    except RuntimeError as e:  # torch's, when one of its processes is gone
         why = "a loader process has died, for want of shared memory (/dev/shm) or memory"
         raise InputError(f"--workers {workers}: {why}; give --workers 0") from e
 
@@ -411,8 +412,9 @@ def with_features(photos, compute, network, folder, workers, mirror):
             raise ValueError(f"{features.dtype} {features.shape}")
     if broken:
         print(f"{len(broken)} photographs could not be read when {file} was made; left out")
-    rows = [i for i in range(len(photos)) if i not in broken]
-    return dataclasses.replace(photos.take(rows), features=features, rows=rows, mirror=mirror)
+    whole = [i for i in range(len(photos)) if i not in broken]
+    kept = photos.take(whole)
+    return dataclasses.replace(kept, features=features, feature_rows=whole, mirror=mirror)
 
 
 def write_features(file, note, photos, compute, full_shape, workers, block=16):
@@ -462,7 +464,7 @@ def find_masks(photos, folder):
 
 
 def say_turned(paths):
-    """Print how many photographs with a true mask EXIF turns: by 180 degrees nothing else shows."""
+    """Print how many photographs with a true mask EXIF turns: half a turn leaves the size alone."""
     turned = 0
     for path in paths:
         with reading(path, "an image"), Image.open(path) as image:
@@ -647,8 +649,8 @@ def image_files(folder):
         raise InputError(f"{folder}: no such folder, or no image below it; {expected}")
     others = sorted(set(all_files) - set(files))
     if others:
-        kinds = " ".join(sorted({path.suffix or path.name for path in others}))
-        print(f"{folder}: {len(others)} other files are left out: {kinds}")
+        endings = " ".join(sorted({path.suffix or path.name for path in others}))
+        print(f"{folder}: {len(others)} other files are left out: {endings}")
     return files
 
 

@@ -316,8 +316,7 @@ def main():
     parsers = []
     for name, run in (("score", run_score), ("ladder", run_ladder), ("submit", run_submit)):
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run, json=None, limit=0)
-        sub.set_defaults(ilp=True)  # for infer.open_net: the rungs have it
+        sub.set_defaults(run=run, json=None, limit=0, ilp=True)  # ilp: infer.open_net asks
         sub.add_argument("--voc", required=True, metavar="DIR", help="the devkit's VOC2012 folder")
         default = "test" if name == "submit" else "val"
         sub.add_argument("--set", default=default, metavar="NAME", help=f"its set [{default}]")

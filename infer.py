@@ -80,7 +80,7 @@ def predict(net, image, tagged=None):
 def ilp(p, q, form="objects"):
     """Image-level prior, Eq. 7: p (K, H, W) times q (K,)."""
     factor = q.copy()
-    if form == "objects":  # Eq. 7 read literally: background is not in C
+    if form == "objects":  # Eq. 7 read literally: the paper's classes lack background
         factor[0] = 1
     return p * factor.astype(p.dtype)[:, None, None]
 
@@ -155,7 +155,7 @@ def coarse_superpixels(image, side=160):
 
 # ---------------------------------------------------------------- proposals: our own, boxes, MCG's
 def scaled(scores, low=0.0):
-    """Scores (N,) stretched to low..1. A file's begin at 0.5: the worst is more than none, 0."""
+    """Scores (N,) stretched to low..1. low is 0.5 for a file's: its worst exceeds none, 0."""
     if not len(scores):
         return scores
     share = (scores - scores.min()) / max(np.ptp(scores), 1e-12)
@@ -397,7 +397,7 @@ def fit_thresholds(net, tagged_images, borrowed=3, steps=50):
     """delta_k of section 4 by grid search, {"bb": K floats, "seg": K floats}, from tags alone.
 
     tagged_images: (image (H, W, 3), tags (K,) of 0/1); each class's IoU is with labels that the net
-    makes from them. Of the multiples of 1 / steps delta_k has the largest
+    makes from them. Each delta_k is the multiple of 1 / steps that maximises
     n_k * IoU_k + borrowed * (mean IoU of the objects), where n_k images show k. Returns {} if no
     image has an object."""
     K = len(net.classes)
@@ -413,12 +413,12 @@ def fit_thresholds(net, tagged_images, borrowed=3, steps=50):
         labels = labels_from_tags(known, tagged, image, scene.regions, sure=0)
         counts = np.bincount(labels.ravel(), minlength=K)
         area, images = area + counts, images + (counts > 0)
-        for prior, name in enumerate(FITTED):
-            k, v = evidence(ilp(p, q), getattr(scene, name))
+        for n, prior in enumerate(FITTED):
+            k, v = evidence(ilp(p, q), getattr(scene, prior))
             for step in range(steps):
                 above = v > step / steps
-                drawn[prior, step] += np.bincount(k[above], minlength=K)
-                hits[prior, step] += np.bincount(k[above & (k == labels)], minlength=K)
+                drawn[n, step] += np.bincount(k[above], minlength=K)
+                hits[n, step] += np.bincount(k[above & (k == labels)], minlength=K)
 
     if not objects:
         return {}  # nothing to fit them on
@@ -492,7 +492,7 @@ def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
         figure.savefig(file, format="png")
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- priors beside the network
 def overlapped(work, predictions, workers=0):
     """Yield work(prediction) in order, from a thread or `workers` processes, only a few ahead.
 
@@ -535,6 +535,7 @@ def collect(job):
     return result
 
 
+# ---------------------------------------------------------------- command line
 def numbers(text):
     """A flag's 512,256 -> (512, 256); raises ArgumentTypeError where one is no positive number."""
     words = text.split(",")
@@ -724,9 +725,9 @@ def main():
     files = files_to_label(args, tags)
     check_outputs(args, files)
     lock = data.claim(args.out)
-    written = [path for file in files for path in outputs(args.out, file)]
-    data.move_aside(args.out, written)
-    others = set(Path(args.out).glob("*.png")) - set(written)
+    targets = [path for file in files for path in outputs(args.out, file)]
+    data.move_aside(args.out, targets)
+    others = set(Path(args.out).glob("*.png")) - set(targets)
     if others:
         print(f"{args.out}: holds {len(others)} other pictures, such as {min(others)}")
     broken, start = {}, time.perf_counter()

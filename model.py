@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """A pretrained feature extractor."""
+    """A feature extractor, as a rule a pretrained one."""
 
     rows: list  # all that this file needs to know of its arithmetic
     mean: tuple  # its own input normalisation, of RGB in 0..255: one number, or three
@@ -319,11 +319,10 @@ class Net(nn.Module):
         return self.run_rows(features, self.tuned_rows, self.trunk[self.frozen_convs :])
 
     def scores(self, maps, rows=None):
-        """The trunk's maps (B, D, H, W) -> score map s (B, K, h, w), Eq. 1; rows: the head's."""
+        """The trunk's maps (B, D, h', w') -> score map s (B, K, h, w), Eq. 1; rows: the head's."""
+        scaled = maps * self.spec.feature_scale
         dropout = self.dropout if self.head.training else 0.0
-        return self.run_rows(
-            maps * self.spec.feature_scale, rows or self.head_rows, self.head, dropout
-        )
+        return self.run_rows(scaled, rows or self.head_rows, self.head, dropout)
 
     def maps_beneath(self, maps, rows=None):
         """The trunk's maps (B, D, h', w'), cropped to the cells of `scores`: (B, D, h, w)."""
@@ -333,7 +332,7 @@ class Net(nn.Module):
         return maps[:, :, first : first + h, first : first + w]
 
     def pixel_scores(self, scores, maps):
-        """Scores (B, K, h, w) of the labels: the background's less the learned foreground.
+        """Scores to label by (B, K, h, w): the background's less the learned foreground.
 
         maps: the trunk's beneath them (B, D, h, w); the foreground: train.learn_foreground."""
         foreground = self.foreground(of_mean_one(maps)).float()
@@ -344,7 +343,8 @@ class Net(nn.Module):
 
         tagged: indices (C,) of background and its tags. The mean of two log-softmaxes: of the
         scores, where a frequent class suppresses a rare one (a rider the horse), and of `tag_maps`,
-        where it cannot. There `background` is what an object has to exceed, `sharpness` a power."""
+        where it cannot. There `background` is what an object has to exceed, `sharpness` a power;
+        both were chosen on train masks (README.md, Results)."""
         by_scores = self.pixel_scores(scores, maps)[:, tagged].log_softmax(1)
         objects = tag_maps(scores, maps, tagged[1:]).clamp(min=1e-3).log()
         elsewhere = torch.full_like(scores[:, :1], math.log(background))
@@ -473,12 +473,9 @@ def load_trunk(net, path=""):
             blocks = read_overfeat(path, name, params)
         else:
             state = read_state(path, source)
-            blocks = []
-            for n in range(99):  # more than VGG has: ReLUs and pools have numbers, too
-                if f"features.{n}.weight" in state:
-                    blocks += [state[f"features.{n}.weight"], state[f"features.{n}.bias"]]
+            blocks = [x for name, x in state.items() if name.startswith("features.")]
         if [b.shape for b in blocks] != [p.shape for p in params]:
-            raise ValueError(f"{len(blocks)} tensors, or others")
+            raise ValueError(f"{len(blocks)} tensors, or of other shapes")
         if not all(b.isfinite().all() for b in blocks):
             raise ValueError("NaN or Inf among its weights")
     except Exception as e:  # torch raises half a dozen kinds, with pages of text
@@ -503,7 +500,7 @@ FORMAT = 2  # of a checkpoint; one of another edition is refused
 
 
 def left_out(net):
-    """Prefixes of the weights that a checkpoint leaves out: of a public trunk, frozen."""
+    """Prefixes of the weights that a checkpoint leaves out: frozen ones that are public."""
     return tuple(f"trunk.{i}." for i in range(net.frozen_convs if net.spec.weights else 0))
 
 
@@ -566,7 +563,7 @@ def load_net(path, weights="", device="cpu", dense=None, sides=None):
     if sides:
         settings["sides"] = sides
     net = build_net(settings, ckpt["classes"])
-    if net.spec.weights and net.frozen_convs:
+    if left_out(net):
         load_trunk(net, weights or ckpt["settings"]["weights"])
     elif weights:
         raise ValueError(f"it holds the whole trunk, {net.trunk_name}; leave out --weights")
@@ -639,8 +636,9 @@ def main():
         gflops, lines = counter.get_total_flops() / 1e9, layer_table(net.rows, size)
         params = sum(p.numel() for p in net.trunk.parameters())
         head = sum(p.numel() for p in net.head.parameters())
-        print(f"{name}: stride {lines[-1]['step']}, receptive field {lines[-1]['field']}, trunk "
-              f"{params:,} parameters and {gflops:.1f} GFLOPs at {size}x{size}, head {head:,}")  # fmt: skip
+        print(f"{name}: stride {lines[-1]['step']}, receptive field {lines[-1]['field']}", end=", ")
+        print(f"trunk {params:,} parameters and {gflops:.1f} GFLOPs at {size}x{size}", end=", ")
+        print(f"head {head:,}")
         if args.trunk:
             print(f"{'':12}", *(f"{column:>10}" for column in lines[0]))
             for i, line in enumerate(lines):

@@ -133,7 +133,8 @@ CHOICES = {"trunk": list(TRUNKS), "aggregation": list(AGGREGATIONS), "loss": lis
            "optimizer": ["sgd", "adam"], "schedule": ["steps", "cosine"]}
 RANGES = {"N": (0, 2**32), "M": (1, 2**32), "X": (0, math.inf), "P": (0, 1)}  # low <= x < high
 MAY_CHANGE = ["device", "compile", "workers", "threshold_images", "toy_scenes", "dense", "sides",
-              "save_every", "steps", "self_steps", "self_rounds", "resume"]  # on --resume, and paths
+              "log_every", "save_every", "steps", "self_steps", "self_rounds",
+              "resume"]  # what --resume lets differ; so may paths()
 RUN_FILES = ["ckpt.pt", "head.pt", "log.csv", "settings.json", "scores.json", "curves.png",
              "panel.png"]
 # fmt: on
@@ -167,8 +168,8 @@ def train(net, batches, optimizer, s, stage, first, record):
         # Loss: of the tags and of the images' labelled cells; means over all processes.
         image_scores = net.aggregate(scores)  # (B, K), Eq. 6
         tag_losses = net.loss(image_scores, tags)  # (B,), Eq. 3
-        images = total(tags.any(1))  # of all processes: every image has a tag
-        loss = tag_losses.sum() / images
+        count = total(tags.any(1))  # every image has a tag: so many in all processes
+        loss = tag_losses.sum() / count
         if labels is not None:
             labelled = (labels != VOID).any(2).any(1)  # (B,)
             image_losses = pixel_loss(scores.float(), labels)
@@ -293,8 +294,9 @@ def mask_labels(net, photos, masks, s):
     """(N, h, w) uint8 under the cells, from masks: a path each, None: all background."""
     places = net.cell_places(s.size)
     cell_labels = np.zeros((len(masks), len(places), len(places)), np.uint8)
-    K, background = len(photos.classes), False
-    seen, strange = np.zeros(K), np.zeros(K)  # masks of each tag; of them, those of other classes
+    K = len(photos.classes)
+    seen, strange = np.zeros((2, K), int)  # masks of each tag; of them, those of other classes
+    background = False  # whether any mask of an object has some
     for i, mask in enumerate(data.progress(masks, "masks read")):
         if mask is None:
             continue
@@ -309,9 +311,9 @@ def mask_labels(net, photos, masks, s):
         background |= has_object and not labels.all()
 
     counts = []
-    for name, few, all_masks in zip(photos.classes, strange, seen):
-        if few:
-            counts.append(f"{few:.0f} of {all_masks:.0f} of {name}")
+    for name, wrong, n in zip(photos.classes, strange, seen):
+        if wrong:
+            counts.append(f"{wrong} of {n} of {name}")
     what = f"--masks {s.masks}: masks that hold other classes than their tags: {', '.join(counts)}"
     if ((strange > 0) & (strange >= seen / 2)).any():
         raise InputError(f"{what}; expected class indices, 255 only as void")
@@ -452,7 +454,8 @@ def parse(argv):
     described, groups = settings_help(), {}
     for field in dataclasses.fields(Settings):
         group, takes, text = described[field.name]
-        values = [] if "[" in text else [as_flag(field.default)]
+        default = as_flag(field.default)
+        values = [default] if default and "[" not in text else []
         for name, preset in PRESETS.items():
             if field.name in preset:
                 values.append(f"{name} {as_flag(preset[field.name])}")
@@ -495,7 +498,7 @@ def fill_in(preset, s, given):
         s.self_steps = 0
     if photographs and (s.self_steps or s.masks) and "train_convs" not in given:
         s.train_convs = trunk.tuned
-    if "trunk_lr" not in given and not (photographs and trunk.weights):
+    if "trunk_lr" not in given and not (photographs and trunk.weights):  # the preset's: pretrained
         s.trunk_lr = s.lr
     if s.cache == "no":
         s.cache = ""
@@ -646,6 +649,8 @@ def load_photos(preset, s):
         photos = data.Photos(photos.paths + extra.paths, tags, photos.classes)
     if s.limit:
         photos = photos.take(data.spread(len(photos), s.limit))
+    if photos.tags[:, 0].all():
+        raise InputError("no photograph has an object; expected some of each class")
     photos.size, photos.crop = s.size, preset == "paper"
     if s.masks:
         return data.find_masks(photos, s.masks)
@@ -655,8 +660,6 @@ def load_photos(preset, s):
 def describe(preset, s, given, net, photos):
     """Print what the run uses: photographs, classes, network, and what was asked for."""
     none = int(photos.tags[:, 0].sum())  # of background alone
-    if none == len(photos):
-        raise InputError("no photograph has an object; expected some of each class")
     kinds = f"{len(photos) - none:,} with objects, {none:,} of background alone"
     precision = " in bfloat16" if net.amp else ""
     print(f"{preset} on {net.device}{precision}: {len(photos):,} images, {kinds}")
@@ -712,7 +715,7 @@ def cached(net, photos, s):
 def round_labels(net, photos, s, file, made):
     """Labels (N, h, w) to learn in a round of self-training, read from a file.
 
-    Unless it is made the first process writes it before, with a foreground that it learns first."""
+    Unless it is made, the first process learns the foreground and writes it; then all read it."""
     with first_process_first():
         if RANK == 0 and not made:
             learn_foreground(net, photos, s)
@@ -747,14 +750,15 @@ def run_stages(net, photos, s, record, saved):
             file = Path(s.out, f"self{number}.npy")
             photos.labels = round_labels(net, photos, s, file, made=resumed)
 
-        # If labels will come the trunk waits for them: tuned on tags it finds these less well.
+        # If labels will come the trunk waits for them: tuned on tags it finds objects less well.
         trunk_learns = number > 0 or len(stages) == 1
         net.trunk[net.frozen_convs :].requires_grad_(trunk_learns)
         optimizer = make_optimizer(net, s)
         if resumed:
             optimizer.load_state_dict(saved["optimizer"])
         if RANK == 0:
-            what = f"its own labels, round {number}" if number else "tags"
+            what = "tags" if photos.labels is None else "tags and masks"
+            what = f"its own labels, round {number}" if number else what
             print(f"steps {first} to {stage.stop}: learning {what}")
             print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
         batches = make_batches(photos, s, net.device, range(first, stage.stop))
@@ -773,7 +777,7 @@ def finish(net, photos, s, record, scenes):
     out = Path(s.out)
     net.eval()
     ckpt = model.read_checkpoint(out / "ckpt.pt")
-    if s.cache and s.masks:  # without self-training, in which the foreground is learned
+    if s.cache and s.masks:  # there was no self-training, in which the foreground is learned
         learn_foreground(net, photos, s)
         ckpt["model"]["foreground.weight"] = net.foreground.weight.cpu()
         ckpt["model"]["foreground.bias"] = net.foreground.bias.cpu()
