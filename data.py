@@ -87,7 +87,9 @@ def run_cli(main):
 def one_line(e):
     """What an InputError or OSError says."""
     message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-    if getattr(e, "errno", None):
+    if isinstance(e, (FileExistsError, NotADirectoryError)):
+        message += "; expected a folder there"
+    elif getattr(e, "errno", None):
         message += "; check that it exists, may be used, and that the disk has room"
     return message.replace("\n", " ")
 

@@ -470,8 +470,7 @@ def save_panel(path, net, scenes, prior="refine", ilp_form="objects", width=170)
         rows.append(np.hstack(cells))
     margins = ((0, gap), (0, gap), (0, 0))  # below, and on the right
     sheet = Image.fromarray(np.pad(np.vstack(rows), margins, constant_values=255))
-    with data.writing(path) as file:
-        sheet.save(file, "png")
+    data.save_png(path, sheet, net.classes)
 
 
 def save_chart(path, lines, xlabel, style="-", size=(7, 3)):
@@ -539,8 +538,8 @@ def collect(job):
 def numbers(text):
     """A flag's 512,256 -> (512, 256); raises ArgumentTypeError where one is no positive number."""
     words = text.split(",")
-    if not all(word.isdecimal() and 0 < int(word) <= 4096 for word in words):
-        raise argparse.ArgumentTypeError(f"'{text}'; expected numbers such as 288,432, up to 4096")
+    if not all(word.isdecimal() and 0 < int(word) < 100_000 for word in words):
+        raise argparse.ArgumentTypeError(f"'{text}'; expected numbers such as 288,432")
     return tuple(int(word) for word in words)
 
 
@@ -563,7 +562,7 @@ def open_net(path, args, priors):
     if (args.boxes and "bb" not in priors) or (args.mcg and "seg" not in priors):
         raise InputError("--boxes serves the prior bb, --mcg seg; ask for it, or leave it out")
     fitted = set(FITTED) & set(priors)
-    with data.reading(path, "a checkpoint of train.py, ckpt.pt or head.pt"):
+    with data.reading(path, "ckpt.pt or head.pt of train.py, and options that suit it"):
         net, ckpt = model.load_net(path, args.weights, args.device, args.dense, args.sides)
         if fitted and not ckpt["thresholds"]:
             why = "let its training end, --resume, or give it more --threshold-images"

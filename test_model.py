@@ -1138,8 +1138,8 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
         "--r 3 --seed 5": "--resume with other r was 5.0 and is 3.0, seed was 0 and is 5",
         "--steps 1": "steps was 2",
         "--steps 4 --cache no": "cached was True",
-        "--steps 4 --masks masks": "photos was",
-        "--tags other.csv": "photos was",
+        "--steps 4 --masks masks": "masks was  and is given, photos, tags or masks was",
+        "--tags other.csv": "masks was",
         "--self-steps 2": "self_steps was 0 and is 2",  # the tags have tuned the trunk
     }.items():
         refused(f"{command} --resume {more}", "o/ckpt.pt", words)
@@ -1147,7 +1147,7 @@ def test_a_run_that_would_learn_something_else_is_not_resumed():
     assert model.load_net("o/ckpt.pt")[0].sides == (40,)
     content = Path("photos/0.png").read_bytes()  # then another of the same name and size
     Path("photos/0.png").write_bytes(content[:-50] + b"?" + content[-49:])
-    refused(f"{command} --resume --steps 4", "photos was")
+    refused(f"{command} --resume --steps 4", "masks was")
 
 
 def test_a_head_is_refused_on_other_trunk_weights():
@@ -1311,8 +1311,12 @@ def test_labels_of_an_earlier_run_do_not_stay(toy_run):
     refused(label, "1 of 2 images", "photos/a.png")
     assert {path.name for path in out.iterdir()} == {"b.png", "b_overlay.png", "run1"}
     assert len(list(Path(out, "run1").iterdir())) == 6  # nothing is lost
+    save_photo("photos/a.png")
+    for _ in range(2):
+        said = ok(f"{label} --panel photos/panel.png")
+        assert "wrote 2 label maps" in said
     said = ok("infer out/toy/ckpt.pt photo.png --out photos/l")
-    assert "holds 2 other pictures, such as photos/l/b.png" in said
+    assert "holds 4 other pictures, such as photos/l/a.png" in said
 
 
 def test_what_does_not_fit_a_checkpoint_is_told_of(toy_run):

@@ -436,8 +436,10 @@ def settings_help():
 
 
 def paths():
-    """Names of the settings that are a file or a folder."""
-    return [name for name, (_, takes, _) in settings_help().items() if takes in ("DIR", "FILE")]
+    """Names of the settings that are a file or a folder, and so may move."""
+    names = [name for name, (_, takes, _) in settings_help().items() if takes in ("DIR", "FILE")]
+    names.remove("masks")  # of which a run's record keeps whether there are any
+    return names
 
 
 def as_flag(value):
@@ -535,6 +537,10 @@ def problem(preset, s, given):
         return "--masks: labels are not cropped or turned; add --no-jitter or --cache, not paper"
     if s.cache and (paper or s.train_convs < 0):
         return "--cache: nothing is frozen, or images are cropped afresh; give --cache no"
+    try:
+        model.dense_rows(TRUNKS[s.trunk].rows, s.dense)
+    except ValueError as e:  # "dense 3: ..."
+        return f"--{e}"
     in_vain = {
         "weights": not TRUNKS[s.trunk].weights, "kernel": len(s.kernel) > widths + 1,
         "dropout": not widths, "r": s.aggregation in ("max", "mean", "sum"),
@@ -563,7 +569,9 @@ def plain_settings(s, photos):
                 digest.update(f"{size}".encode() + file.read())
     if photos.labels is not None:
         digest.update(photos.labels.tobytes())
-    return {**dataclasses.asdict(s), "photos": digest.hexdigest()[:12], "cached": bool(s.cache)}
+    settings = dataclasses.asdict(s)
+    settings["masks"] = "given" if s.masks else ""
+    return {**settings, "photos": digest.hexdigest()[:12], "cached": bool(s.cache)}
 
 
 def git_commit():
@@ -589,7 +597,11 @@ def read_resumed(path, record, net):
             fixed += ["steps", "self_steps"]
         elif bool(was["self_steps"]) != bool(now["self_steps"]) and now["train_convs"]:
             fixed += ["self_steps"]  # whether tags have tuned the trunk
-        differ = [f"{k} was {was.get(k)} and is {now[k]}" for k in fixed if was.get(k) != now[k]]
+        differ = []
+        for name in fixed:
+            what = "photos, tags or masks" if name == "photos" else name
+            if was.get(name) != now[name]:
+                differ.append(f"{what} was {was.get(name)} and is {now[name]}")
         if differ:
             raise InputError(f"{path}: --resume with other {', '.join(differ)}; give the former")
         if ckpt["step"] > now["steps"] + now["self_steps"] * now["self_rounds"]:
@@ -678,21 +690,15 @@ def describe(preset, s, given, net, photos):
     print(f"given: {', '.join(f'{name}={value}' for name, value in given.items()) or 'nothing'}")
 
 
-def prepare_net(s, classes):
-    """The network with its public weights, on the device of this process."""
+def prepare_net(s, classes, device):
+    """The network with its public weights, on the device."""
     generator = torch.Generator().manual_seed(s.seed)
-    try:
-        net = model.build_net(dataclasses.asdict(s), classes, generator)
-    except ValueError as e:  # "dense 3: ..."
-        raise InputError(f"--{e}") from e
+    net = model.build_net(dataclasses.asdict(s), classes, generator)
     least = model.in_size(1, net.rows)
     if s.size < least:
         raise InputError(f"--size {s.size}: one cell takes {least} pixels; give a larger --size")
     if net.spec.weights:
         model.load_trunk(net, s.weights)
-    device = model.pick_device(s.device)
-    if WORLD > 1:
-        device = join_processes(device)
     net = net.to(device).to(memory_format=torch.channels_last)
     net.amp = model.has_bfloat16(net.device) and s.amp
     return net
@@ -813,8 +819,11 @@ def main():
     if s.resume and not (out / "ckpt.pt").exists():
         raise InputError(f"{out / 'ckpt.pt'}: no checkpoint; leave out --resume, or give its --out")
 
+    device = model.pick_device(s.device)
+    if WORLD > 1:
+        device = join_processes(device)
     photos, masks = load_photos(preset, s)
-    net = prepare_net(s, photos.classes)
+    net = prepare_net(s, photos.classes, device)
     if masks:
         photos.labels = mask_labels(net, photos, masks, s)
     record = plain_settings(s, photos)
