@@ -177,6 +177,18 @@ def test_overfeats_geometry_is_the_papers():
     assert [row.dilation for row in dense] == [1, 2, 6, 6] + [12] * 8
 
 
+def test_layer_table_and_rates_are_printed(monkeypatch):
+    out = ok("model overfeat")
+    assert "stride 12, receptive field 245, trunk 18,916,480 parameters and 39.2 GFLOPs" in out
+
+    def one_a_second(function, tensor):
+        return 1.0
+
+    monkeypatch.setattr(model, "rate", one_a_second)
+    out = ok("model tiny --bench")
+    assert "float32: 4.00 images/s" in out and "bfloat16: 4.00 images/s" in out
+
+
 def middle_of_field(rows, cell):
     """The middle pixel of what a cell sees: the window's two ends, followed back layer by layer."""
     first = last = cell
