@@ -156,7 +156,7 @@ def writing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch hides a full disk behind the latter
-        if "memory" in str(e):
+        if isinstance(e, RuntimeError) and "memory" in str(e):
             raise
         why = getattr(e, "strerror", None) or "disk full?"
         raise InputError(f"{path}: cannot be written ({why}); make room, or write elsewhere") from e

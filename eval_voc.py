@@ -137,7 +137,7 @@ def score_tags(report, scores, tags):
 
     scores: {id: q (K,)}; an image in which a class is only difficult does not count for it."""
     tagged = [i for i in scores if i in tags]
-    values = report["average_precision"] = {}
+    values = {}
     for k in range(1, len(data.VOC_CLASSES)):
         known = [i for i in tagged if k not in tags[i][1]]
         present = np.array([k in tags[i][0] for i in known], bool)
@@ -145,6 +145,7 @@ def score_tags(report, scores, tags):
         values[data.VOC_CLASSES[k]] = average_precision(image_scores, present)
     defined = [value for value in values.values() if value is not None]
     if defined:
+        report["average_precision"] = values
         report["mean_average_precision"] = float(np.mean(defined))
         report["images_with_tags"] = len(tagged)
 
@@ -326,17 +327,11 @@ def main():
     score.add_argument("--json", metavar="FILE", help="also write the numbers here")
     score.add_argument("--classes", metavar="CKPT", help="whose classes these are [VOC's]")
     score.add_argument("--void-allowed", action="store_true", help="255: no training label there")
-    ladder_parser.add_argument("checkpoint", help="ckpt.pt or head.pt of train.py")
-    ladder_parser.add_argument(
-        "--json", metavar="FILE", help="also write the numbers, a chart beside them"
-    )
-    ladder_parser.add_argument(
-        "--limit", type=int, metavar="N", help="use N images, spread over the set"
-    )
-    every = list(infer.PRIORS)
-    ladder_parser.add_argument(
-        "--priors", nargs="+", choices=every, default=every, help="rungs [all]"
-    )
+    add, every = ladder_parser.add_argument, list(infer.PRIORS)
+    add("checkpoint", help="ckpt.pt or head.pt of train.py")
+    add("--json", metavar="FILE", help="also write the numbers, a chart beside them")
+    add("--limit", type=int, metavar="N", help="use N images, spread over the set")
+    add("--priors", nargs="+", choices=every, default=every, help="rungs [all]")
     infer.add_options(ladder_parser)
     submit.add_argument("folder", help="<image id>.png of every image, as infer.py writes them")
     submit.add_argument("--out", required=True, metavar="FILE.tgz")

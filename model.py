@@ -506,9 +506,9 @@ def left_out(net):
 
 def checkpoint(net, settings, step, optimizer):
     """What train.py saves: plain values, so that weights_only=True reads it."""
-    kept = {}
+    kept, prefixes = {}, left_out(net)
     for name, tensor in net.state_dict().items():
-        if not name.startswith(left_out(net)):
+        if not name.startswith(prefixes):
             kept[name] = tensor.cpu()
     return {
         "format": FORMAT,
@@ -534,15 +534,14 @@ def build_net(settings, classes, generator=None):
     """The Net of a run's settings, a dict. Raises ValueError; KeyError, TypeError if damaged."""
     names = "trunk head kernel train_convs aggregation r loss dropout dense sides amp"
     chosen = {name: settings[name] for name in names.split()}
-    net = Net(classes=classes, generator=generator, **chosen)
-    dense_rows(net.rows, net.dense)  # raises ValueError where it does not divide the stride
-    return net
+    return Net(classes=classes, generator=generator, **chosen)
 
 
 def load_weights(net, ckpt):
     """Fill net, its public trunk apart, from a checkpoint. Raises ValueError, RuntimeError."""
     missing, unexpected = net.load_state_dict(ckpt["model"], strict=False)
-    odd = unexpected + [name for name in missing if not name.startswith(left_out(net))]
+    prefixes = left_out(net)
+    odd = unexpected + [name for name in missing if not name.startswith(prefixes)]
     odd += [name for name, tensor in ckpt["model"].items() if not tensor.isfinite().all()]
     if odd:
         raise ValueError(f"{len(odd)} damaged tensors, such as {odd[0]}")
@@ -563,6 +562,7 @@ def load_net(path, weights="", device="cpu", dense=None, sides=None):
     if sides:
         settings["sides"] = sides
     net = build_net(settings, ckpt["classes"])
+    dense_rows(net.rows, net.dense)  # raises ValueError where it does not divide the stride
     if left_out(net):
         load_trunk(net, weights or ckpt["settings"]["weights"])
     elif weights:

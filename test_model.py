@@ -1303,8 +1303,8 @@ def test_a_modules_cells_lie_on_the_right_pixels(hub):
         layer.bias.data.zero_()
     image = torch.zeros(1, 3, 100, 130)  # 14 divides neither side
     image[:, :, 28:70, 56:98] = 255  # around pixel (48.5, 76.5)
-    scores, _, step, offset = net.score_map(image)
-    pixels = model.upsample(scores, (100, 130), step, offset)[0, 1]
+    scores, _, stride, offset = net.score_map(image)
+    pixels = model.upsample(scores, (100, 130), stride, offset)[0, 1]
     bright = pixels > (pixels.min() + pixels.max()) / 2
     y, x = bright.nonzero().float().mean(0)
     assert abs(y - 48.5) <= 2 and abs(x - 76.5) <= 2

@@ -500,7 +500,7 @@ def fill_in(preset, s, given):
         s.self_steps = 0
     if photographs and (s.self_steps or s.masks) and "train_convs" not in given:
         s.train_convs = trunk.tuned
-    if "trunk_lr" not in given and not (photographs and trunk.weights):  # the preset's: pretrained
+    if "trunk_lr" not in given and not (photographs and trunk.weights):  # else the preset's
         s.trunk_lr = s.lr
     if s.cache == "no":
         s.cache = ""
@@ -589,7 +589,8 @@ def read_resumed(path, record, net):
         ckpt = model.read_checkpoint(path)
         was = {**ckpt["settings"], "classes": ckpt["classes"]}
         now = {**record, "classes": net.classes}
-        fixed = [name for name in now if name not in MAY_CHANGE + paths()]
+        may_change = MAY_CHANGE + paths()
+        fixed = [name for name in now if name not in may_change]
         if not ckpt["optimizer"]:
             raise ValueError("a head.pt, which keeps no optimiser")
         self_training = ckpt["step"] > min(was["steps"], now["steps"])  # by either count
@@ -649,7 +650,9 @@ def first_process_first():
 
 # ---------------------------------------------------------------- from photographs to a checkpoint
 def load_photos(preset, s):
-    """(the preset's tagged photographs, and with --masks a path or None for each)."""
+    """(the preset's tagged photographs, and with --masks a path or None for each).
+
+    Raises InputError where a file cannot be used, or no photograph has an object."""
     read_photos, _ = SOURCES[preset]
     photos = read_photos(s)
     if s.background:
@@ -763,8 +766,9 @@ def run_stages(net, photos, s, record, saved):
         if resumed:
             optimizer.load_state_dict(saved["optimizer"])
         if RANK == 0:
-            what = "tags" if photos.labels is None else "tags and masks"
-            what = f"its own labels, round {number}" if number else what
+            what = "tags and masks" if s.masks else "tags"
+            if number > 0:
+                what = f"its own labels, round {number}"
             print(f"steps {first} to {stage.stop}: learning {what}")
             print(f"{'step':>8} {'loss':>8} {'lr':>9} {'images/s':>9} {'left':>7}")
         batches = make_batches(photos, s, net.device, range(first, stage.stop))
